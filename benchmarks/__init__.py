@@ -1,0 +1,1 @@
+"""Side-by-side runs against baselines and peers: `python -m benchmarks NAME [--quick]`."""

@@ -1,0 +1,1 @@
+"""Client side of Flower: one thin module for each workload."""

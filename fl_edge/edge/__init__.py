@@ -1,0 +1,1 @@
+"""Edge devices on one machine: profiles, virtual clock, traffic accounts."""

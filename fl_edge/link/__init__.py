@@ -1,0 +1,1 @@
+"""Grids that carry Flower messages, and how tensors are packed into them."""

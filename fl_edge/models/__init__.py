@@ -1,0 +1,1 @@
+"""Small models, each cut into a bottom and a top."""
