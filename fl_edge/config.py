@@ -8,7 +8,7 @@ checks the result, so that no run starts on a value that cannot work.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -38,7 +38,8 @@ def setting(
         The only values allowed.
     """
     metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
-    return cast("V", dataclasses.field(default=default, metadata=metadata))
+    field: Any = dataclasses.field(default=default, metadata=metadata)
+    return field  # type: ignore[no-any-return] # a field stands where its value will stand
 
 
 def allowed(field: dataclasses.Field[Any]) -> str:
@@ -68,8 +69,8 @@ def check(config: Any, prefix: str = "") -> None:
         outside = (low is not None and not value >= low) or (high is not None and not value <= high)
         if outside or (choices and value not in choices):
             raise ConfigError(f"{key}={value} is not allowed; it must be {allowed(field)}")
-    contradictions = getattr(config, "contradictions", None)
-    if contradictions and (reason := contradictions()):
+    contradictions: Callable[[], str | None] = getattr(config, "contradictions", lambda: None)
+    if reason := contradictions():
         raise ConfigError(f"{prefix.rstrip('.') or 'configuration'}: {reason}")
 
 

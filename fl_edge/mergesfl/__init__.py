@@ -1,1 +1,1 @@
-"""MergeSFL without Flower: the control module decides whom to ask and for how much, the training module merges features."""
+"""MergeSFL without Flower: a control module plans each round, a training module merges the workers' features."""
