@@ -8,7 +8,7 @@ checks the result, so that no run starts on a value that cannot work.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -64,13 +64,13 @@ def check(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check(value, f"{key}.")
             continue
-        low, high, choices = (field.metadata.get(name) for name in ("low", "high", "choices"))
+        limits: Mapping[str, Any] = field.metadata
+        low, high, choices = limits.get("low"), limits.get("high"), limits.get("choices")
         # "not (value >= low)" is true for NaN as well, which "value < low" is not
         outside = (low is not None and not value >= low) or (high is not None and not value <= high)
         if outside or (choices and value not in choices):
             raise ConfigError(f"{key}={value} is not allowed; it must be {allowed(field)}")
-    contradictions: Callable[[], str | None] = getattr(config, "contradictions", lambda: None)
-    if reason := contradictions():
+    if reason := config.contradictions() if hasattr(config, "contradictions") else None:
         raise ConfigError(f"{prefix.rstrip('.') or 'configuration'}: {reason}")
 
 
@@ -78,7 +78,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
     """Map every dotted key of a configuration dataclass (instance or class) to its field."""
     keys: dict[str, dataclasses.Field[Any]] = {}
     for field in dataclasses.fields(config):
-        nested = field.default_factory if field.default_factory is not dataclasses.MISSING else None
+        nested: Any = field.default_factory
         if isinstance(nested, type) and dataclasses.is_dataclass(nested):
             keys |= flatten(nested, f"{prefix}{field.name}.")
         else:
