@@ -1,0 +1,87 @@
+"""Many tensors in one Flower array.
+
+In a deployment every array of a message is its own HTTP request, so two hundred small arrays take five times as long as
+one that holds the same bytes. A packed array holds safetensors bytes: they say themselves what is in them, carry
+bfloat16 (which a numpy-backed array cannot), and reading them never executes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import Array
+from safetensors.torch import load, save
+
+from fl_edge.errors import ReplyError
+
+STYPE = "safetensors"
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> Array:
+    """Put many tensors into one array.
+
+    Parameters
+    ----------
+    tensors
+        Tensors by name, of any shape (also 0-d, empty, non-contiguous, views of one storage) and on any device.
+
+    Returns
+    -------
+    Array
+        ``stype`` "safetensors", ``dtype`` "uint8", ``shape`` (number of bytes,). Equal tensors give equal bytes,
+        whatever their order in ``tensors``.
+
+    Raises
+    ------
+    TypeError
+        A data type that safetensors does not know.
+    """
+    if "__metadata__" in tensors:
+        raise TypeError("a tensor cannot be named '__metadata__': safetensors keeps that name for itself")
+    ready: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory (tied weights, slices of one flat vector): give each its own.
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        ready[name] = tensor
+    try:
+        data = save(ready)
+    except KeyError as error:
+        raise TypeError(f"safetensors cannot hold tensors of type {error}") from error
+    return Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
+
+
+def unpack(array: Array) -> dict[str, torch.Tensor]:
+    """Take the tensors out of an array made by :func:`pack`.
+
+    Parameters
+    ----------
+    array
+        A packed array; it may come from a device and is checked, not trusted.
+
+    Returns
+    -------
+    dict[str, torch.Tensor]
+        Writable tensors on the CPU, none of which shares memory with ``array``.
+
+    Raises
+    ------
+    ReplyError
+        The array is not of ``stype`` "safetensors", or its bytes are damaged.
+    """
+    if array.stype != STYPE:
+        raise ReplyError(f"array of stype {array.stype!r} cannot be unpacked, expected {STYPE!r}")
+    try:
+        return load(array.data)
+    except Exception as error:  # damaged bytes surface as SafetensorError, KeyError, ValueError, RuntimeError, ...
+        detail = (str(error).splitlines() or [""])[0]
+        raise ReplyError(f"packed tensors cannot be read: {type(error).__name__}: {detail}") from error
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the payload of the tensors in bytes, without names, shapes and headers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
