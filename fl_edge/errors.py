@@ -6,6 +6,7 @@
      ├─ ConfigError        an unknown key, a value out of range, settings that contradict each other
      ├─ DataError          a data set, folder or partition that cannot be used
      ├─ ReplyError         an answer of a device that must not be applied (shape, NaN, order)
+     ├─ TrainingError      the run cannot go on: no devices, no round that ended, a loss that is not a number
      └─ RunFolderError     the run folder cannot be written or resumed
 
 The message *is* the user interface: it is printed alone, without a traceback.
@@ -26,6 +27,10 @@ class DataError(FlEdgeError):
 
 class ReplyError(FlEdgeError):
     """A device's reply that must not be applied; the device is left out, the run goes on."""
+
+
+class TrainingError(FlEdgeError):
+    """A run that cannot go on; what it wrote until then can be resumed."""
 
 
 class RunFolderError(FlEdgeError):

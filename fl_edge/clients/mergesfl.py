@@ -125,7 +125,7 @@ class MergeSFLClient:
 
         return answer
 
-    def _describe(self, message: Message, context: Context, work: Workload) -> RecordDict:
+    def _describe(self, message: Message, _: Context, work: Workload) -> RecordDict:
         server_round = int(config_of(message)["round"])
         counts = torch.bincount(work.labels, minlength=work.num_classes).tolist()
         if work.costs is None:

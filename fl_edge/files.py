@@ -1,0 +1,29 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fl_edge.errors import RunFolderError
+
+
+def write_whole(file: Path, content: bytes | str) -> None:
+    """Write a file so that at any moment either the old or the new content stands there, also after a crash.
+
+    Raises
+    ------
+    RunFolderError
+        The disk is full, the folder is read-only, or it is gone.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+        raise RunFolderError(f"cannot write {file}: {error.strerror}; what stood there before is unchanged") from None

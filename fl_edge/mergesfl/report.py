@@ -1,0 +1,68 @@
+"""One round of MergeSFL in numbers, for people (a line) and for programs (a record)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker that did not finish its round."""
+
+    device: str
+    step: int  # iteration, from 0; tau for the last message
+    why: str
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in one round. Virtual seconds are the device profiles'; real seconds are this machine's."""
+
+    server_round: int
+    learning_rate: float
+    train_loss: float  # mean over the merged batches
+    train_accuracy: float
+    test_accuracy: float | None
+    test_loss: float | None
+    kl: float  # of the merged label mix against the reference, as planned
+    kl_reached: bool
+    label_mix: list[float]
+    reference: list[float]
+    devices: list[str]
+    batch_sizes: list[int]
+    iteration_s: list[float]  # of each device: d_i (mu_i + beta_i), virtual or measured
+    waiting_s: float  # mean over the cohort, of the whole round
+    virtual_s: float | None  # since the first round; None where time is measured
+    real_s: float  # of this round
+    up_bytes: int  # of this round, devices to server
+    down_bytes: int
+    lost: list[Lost]
+    aborted: int = 0  # iterations without an update of the top model
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RoundReport:
+        """Undo :meth:`to_record`."""
+        return cls(**{**record, "lost": [Lost(**lost) for lost in record["lost"]]})
+
+    def line(self, rounds: int, left_s: float) -> str:
+        """Return the round as one line of text; ``left_s`` is the time that the remaining rounds may take."""
+        tested = "" if self.test_accuracy is None else f"acc {self.test_accuracy:.3f}  loss {self.test_loss:.3f}  "
+        clock = "" if self.virtual_s is None else f"virtual {self.virtual_s:8.1f} s  "
+        gone = f"  lost {len(self.lost)}" if self.lost else ""
+        return (
+            f"round {self.server_round:>{len(str(rounds))}}/{rounds}  {tested}KL {self.kl:.4f}  "
+            f"cohort {len(self.devices):>2}  batch {min(self.batch_sizes):>2}-{max(self.batch_sizes):<3}  "
+            f"waiting {self.waiting_s:6.2f} s  {clock}{_megabytes(self.up_bytes + self.down_bytes)}"
+            f"{gone}  left {left_s // 60:.0f}:{left_s % 60:02.0f}"
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:6.2f} MB"
