@@ -66,29 +66,14 @@ def make_plan(workers: Workers, config: MergeSFLConfig, rng: np.random.Generator
     ConfigError
         No cohort can meet the limits.
     """
-    count, budget = len(workers), config.ingress_samples
-    smallest = _smallest_cohort(count, config)
-    if config.batches == "equal":
-        sizes = equal(workers.samples, config.batch_size)
-    else:
-        sizes = regulate(workers.cost_s, workers.samples, config.batch_size)
-    sizes = shrink(np.minimum(sizes, budget), smallest, budget)
-    problem = Problem(
-        labels=workers.labels,
-        batch_sizes=sizes,
-        priorities=priorities(workers.participation),
-        reference=reference_mix(workers.labels),
-        budget=budget,
-        smallest=smallest,
-        largest=min(config.max_workers or count, count),
-    )
+    problem = pose(workers, config)
     chosen = np.flatnonzero(select(problem, config, rng))
     cost_s, samples = workers.cost_s[chosen], workers.samples[chosen]
-    limits = np.minimum(samples, config.batch_size)
-    cohort = Cohort(workers.labels[chosen], cost_s, limits, problem.reference, budget)
-    batch_sizes = _tuned(cohort, sizes[chosen], config)
+    limits = np.minimum(samples, min(config.batch_size, config.largest_batch))
+    cohort = Cohort(workers.labels[chosen], cost_s, limits, problem.reference, problem.budget)
+    batch_sizes = _tuned(cohort, problem.batch_sizes[chosen], config)
     if config.fill:
-        batch_sizes = _filled(cohort, batch_sizes, np.minimum(samples, config.largest_batch), config)
+        batch_sizes = _filled(cohort, batch_sizes, samples, config)
     mix = label_mix(cohort.labels, batch_sizes)
     kl = float(kl_divergence(mix, problem.reference))
     durations_s = durations(batch_sizes, cost_s, config.tau)
@@ -101,6 +86,32 @@ def make_plan(workers: Workers, config: MergeSFLConfig, rng: np.random.Generator
         reference=problem.reference,
         duration_s=float(durations_s.max()),
         waiting_s=average_waiting(durations_s),
+    )
+
+
+def pose(workers: Workers, config: MergeSFLConfig) -> Problem:
+    """Return the selection problem of a round: initial batch sizes, priorities, reference and limits.
+
+    Raises
+    ------
+    ConfigError
+        No cohort can meet the limits.
+    """
+    count, budget = len(workers), config.ingress_samples
+    smallest = _smallest_cohort(count, config)
+    if config.batches == "equal":
+        sizes = equal(workers.samples, config.batch_size)
+    else:
+        sizes = regulate(workers.cost_s, workers.samples, config.batch_size)
+    sizes = shrink(np.minimum(sizes, min(budget, config.largest_batch)), smallest, budget)
+    return Problem(
+        labels=workers.labels,
+        batch_sizes=sizes,
+        priorities=priorities(workers.participation),
+        reference=reference_mix(workers.labels),
+        budget=budget,
+        smallest=smallest,
+        largest=min(config.max_workers or count, count),
     )
 
 
@@ -142,14 +153,14 @@ def _tuned(cohort: Cohort, sizes: Ints, config: MergeSFLConfig) -> Ints:
     return (tune_dual if config.tuning == "dual" else tune)(cohort, sizes, config.kl_target)
 
 
-def _filled(cohort: Cohort, sizes: Ints, limits: Ints, config: MergeSFLConfig) -> Ints:
+def _filled(cohort: Cohort, sizes: Ints, samples: Ints, config: MergeSFLConfig) -> Ints:
     """Enlarge the batches, unless that costs the label mix what selection and tuning achieved (ours).
 
-    Rounding and limits shift the mix. A target that was met stays met, and one that was not gets no further away:
-    otherwise the enlarged batches are tuned once more, and if that does not help either, the batches stay as they were.
+    Rounding shifts the mix. A target that was met stays met, and one that was not gets no further away: otherwise the
+    enlarged batches are tuned once more, and if that does not help either, the batches stay as they were.
     """
     bar = max(config.kl_target, float(cohort.divergence(sizes)))
-    enlarged = fill(sizes, limits, cohort.budget)
-    if cohort.divergence(enlarged) > bar and config.tuning != "none":
-        enlarged = _tuned(replace(cohort, limits=limits), enlarged, replace(config, kl_target=bar))
+    enlarged = fill(sizes, samples, config.largest_batch, cohort.budget)
+    roomier = replace(cohort, limits=np.minimum(samples, config.largest_batch))
+    enlarged = _tuned(roomier, enlarged, replace(config, kl_target=bar))
     return enlarged if cohort.divergence(enlarged) <= bar else sizes

@@ -21,7 +21,7 @@ class Cohort:
     cost_s
         mu + beta, seconds a sample, (m,).
     limits
-        Largest batch of each, min(D, n_i), (m,).
+        Largest batch of each, (m,).
     reference
         Phi_0, (C,).
     budget
@@ -160,27 +160,31 @@ def _round(cohort: Cohort, sizes: Floats) -> Ints:
     return rounded
 
 
-def fill(batch_sizes: Ints, limits: Ints, budget: int) -> Ints:
+def fill(batch_sizes: Ints, samples: Ints, largest: int, budget: int) -> Ints:
     """Return d_i <- floor(d_i B^h / (c sum d)), (m,): all batches grow by one factor, so durations stay balanced.
 
-    Where limits stop some batches, what they leave is shared by the others in the same way, until the budget is full,
-    everybody is at the limit, or less than one sample a worker is left. No batch shrinks.
+    The factor ends where the largest batch would meet the memory cap: were the others to grow on, the fast workers
+    would wait for the slow ones (ours). Where a worker has no more samples, the others share what it leaves, again by
+    one factor. No batch shrinks.
 
     Parameters
     ----------
     batch_sizes
         d, (m,), within the budget.
-    limits
-        min(memory cap, n_i), (m,).
+    samples
+        n, (m,).
+    largest
+        Memory cap of one batch, samples.
     budget
         B^h / c, samples an iteration (eq. 10).
     """
-    open_ = np.ones(len(batch_sizes), dtype=bool)
+    cap = max(1.0, largest / int(batch_sizes.max()))
+    growing = np.ones(len(batch_sizes), dtype=bool)
     while True:
-        closed = int(limits[~open_].sum())
-        factor = (budget - closed) / max(int(batch_sizes[open_].sum()), 1)
-        grown = np.where(open_, (batch_sizes * factor).astype(np.int64), limits)
-        meets = open_ & (grown >= limits)
-        if not meets.any():
+        left = budget - int(samples[~growing].sum())
+        factor = min(cap, left / max(int(batch_sizes[growing].sum()), 1))
+        grown = np.where(growing, (batch_sizes * factor).astype(np.int64), samples)
+        exhausted = growing & (grown >= samples)
+        if not exhausted.any():
             return np.asarray(grown)
-        open_ &= ~meets
+        growing &= ~exhausted
