@@ -1,0 +1,48 @@
+"""Settings of the data room: where images come from, and how they are spread over the devices.
+
+Source of the partitions: MergeSFL (ICDE 2024) and its released code. *Ours* marks choices that neither states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from fl_edge.config import setting
+
+# fields that say how samples are spread; they do not change what is loaded
+PARTITION_FIELDS = ("partition", "alpha", "classes_per_device", "dominant_share", "min_samples")
+
+
+@dataclass(unsafe_hash=True)  # hashed by value, as the key of a cache
+class DataConfig:
+    """Data set and partition."""
+
+    source: str = setting(
+        "digits", "digits (comes with scikit-learn), a local folder, or the name of an image data set on the hub"
+    )
+    subset: str = setting("", "configuration of the data set, where it has several; empty: its only one")
+    image_column: str = setting("", "column of the images; empty: found by its type")
+    label_column: str = setting("", "column of the labels; empty: found by its type or name")
+    train_split: str = setting("", "split to train on; empty: train, or the only one")
+    test_split: str = setting("", "split to test on; empty: test, validation, or a part of the training split")
+    test_fraction: float = setting(
+        0.2, "part of the training split to test on where there is no test split (ours)", low=0.01, high=0.9
+    )
+    image_size: int = setting(0, "height and width in pixels after resizing; 0: as they are", low=0)
+    color: str = setting("auto", "channels of an image; auto: as the first image has", choices=("auto", "rgb", "gray"))
+    mean: float = setting(0.0, "subtracted from every pixel in [0, 1] (ours)", low=0.0, high=1.0)
+    std: float = setting(1.0, "every pixel is divided by it after that (ours)", low=1e-6)
+
+    partition: str = setting(
+        "dirichlet",
+        "each class by a Dirichlet draw, few classes a device, evenly, or one class mostly on one device",
+        choices=("dirichlet", "pathological", "iid", "dominant"),
+    )
+    alpha: float = setting(0.1, "concentration of the Dirichlet draw; the smaller, the more unequal", low=1e-6)
+    classes_per_device: int = setting(2, "classes that a device holds in the pathological partition", low=1)
+    dominant_share: float = setting(0.4, "rho: part of class j that goes to device j mod N", low=0.0, high=1.0)
+    min_samples: int = setting(1, "least samples that a device must hold (ours)", low=1)
+
+    def loading(self) -> DataConfig:
+        """Return a copy with the partition's fields at their defaults: equal copies load equal samples."""
+        return DataConfig(**{f.name: getattr(self, f.name) for f in fields(self) if f.name not in PARTITION_FIELDS})

@@ -1,0 +1,76 @@
+"""What work costs on an emulated device, and the clock that adds it up.
+
+Source: MergeSFL (ICDE 2024). A worker spends ``mu_i`` seconds a sample on forward and backward of its bottom and
+``beta_i`` seconds a sample on features up and gradients down; an iteration ends when the slowest worker is through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from fl_edge.edge.config import EdgeConfig
+from fl_edge.edge.profiles import DeviceProfile
+
+
+def compute_seconds_per_sample(profile: DeviceProfile, config: EdgeConfig) -> float:
+    """Return mu_i = mu_ref / speed (ours), in seconds a sample."""
+    return config.reference_s_per_sample / profile.speed
+
+
+def transfer_seconds_per_sample(profile: DeviceProfile, feature_bytes: int) -> float:
+    """Return beta_i = 2 * 8 c / bandwidth: c bytes of feature up and as many of gradient down, in seconds a sample."""
+    return 2 * 8 * feature_bytes / profile.bandwidth_bps
+
+
+def bottom_transfer_seconds(bottom_bytes: int, bandwidth_bps: float) -> float:
+    """Return the seconds that a bottom of ``bottom_bytes`` takes down to a worker and up again, once a round (ours)."""
+    return 2 * 8 * bottom_bytes / bandwidth_bps
+
+
+def iteration_seconds(
+    batch_sizes: Sequence[int],
+    compute_s: Sequence[float],
+    transfer_s: Sequence[float],
+    config: EdgeConfig,
+) -> float:
+    """Return max_i d_i (mu_i + beta_i) + the top's time for sum(d) samples.
+
+    Parameters
+    ----------
+    batch_sizes, compute_s, transfer_s
+        d_i in samples, mu_i and beta_i in seconds a sample; one entry a worker, in the same order, at least one.
+    config
+        For the top's seconds a sample.
+    """
+    slowest = max(d * (mu + beta) for d, mu, beta in zip(batch_sizes, compute_s, transfer_s, strict=True))
+    return slowest + config.top_s_per_sample * sum(batch_sizes)
+
+
+@dataclass
+class VirtualClock:
+    """Virtual seconds since the run began. What runs in parallel is added by its slowest, by the caller."""
+
+    now_s: float = 0.0
+
+    def advance(self, seconds: float) -> float:
+        """Go on by a duration of at least 0 s and return the new time.
+
+        Raises
+        ------
+        ValueError
+            A negative duration or one that is not a number: time does not run backwards.
+        """
+        if not seconds >= 0:
+            raise ValueError(f"the clock cannot go on by {seconds} s")
+        self.now_s += seconds
+        return self.now_s
+
+    def to_record(self) -> dict[str, float]:
+        """Return the clock as plain numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, float]) -> VirtualClock:
+        """Return the clock that :meth:`to_record` wrote."""
+        return cls(**record)

@@ -1,0 +1,20 @@
+"""Settings of the models room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fl_edge.config import setting
+
+MODELS = ("digits", "alexnet", "vgg16", "cnn_h", "cnn_s")
+
+
+@dataclass
+class ModelConfig:
+    """A small classifier and where it is cut."""
+
+    name: str = setting(
+        "digits", "digits (8x8), alexnet (CIFAR-10), vgg16 (144x144), cnn_h (HAR) or cnn_s (speech)", choices=MODELS
+    )
+    cut: int = setting(-1, "layers that make the bottom; -1: the model's own cut, that of MergeSFL's code", low=-1)
+    dropout: float = setting(0.5, "of the two large models' tops", low=0.0, high=0.95)
