@@ -310,3 +310,28 @@ def test_faults_out_of_range_are_refused() -> None:
         random_faults(0, max_delay_s=-1)
     with pytest.raises(ValueError, match="go back"):
         LocalGrid(app, 1).advance(-1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.arange(6, dtype=np.float32).reshape(2, 3), np.asfortranarray(np.ones((2, 3))), np.array(3), np.zeros(0)],
+)
+def test_delivered_arrays_behave_like_flowers(values: Any) -> None:
+    sent = Message(RecordDict({"arrays": ArrayRecord({"w": Array(values)})}), 1, "query.echo")
+    (reply,) = LocalGrid(app, 1).send_and_receive([sent])
+    original, array = within(sent)["arrays"]["w"], within(reply)["arrays"]["w"]
+    assert array == original
+    assert original == array
+    assert array.object_id == original.object_id
+    decoded = array.numpy()
+    assert (decoded.dtype, decoded.shape) == (values.dtype, values.shape)
+    assert np.array_equal(decoded, values)
+    decoded[...] = 7  # writable, and a copy
+    assert np.array_equal(array.numpy(), values)
+    array.data = Array(np.ones(2)).data[:-1]
+    assert array != original
+    with pytest.raises(ValueError, match="reshape|EOF"):
+        array.numpy()
+    array.stype = "safetensors"
+    with pytest.raises(TypeError, match="safetensors"):
+        array.numpy()

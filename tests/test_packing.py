@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_edge.errors import ReplyError
-from fl_edge.link.packing import pack, tensor_bytes, unpack
+from fl_edge.link.packing import flat_array, npy_header, pack, tensor_bytes, unpack
 
 DTYPES = [
     torch.float32,
@@ -101,3 +101,18 @@ def test_wrong_stype_and_unknown_dtype_are_named() -> None:
         pack({"c": torch.zeros(2, dtype=torch.complex128)})
     with pytest.raises(TypeError, match="__metadata__"):
         pack({"__metadata__": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3)])
+def test_flat_array_is_what_flower_would_make(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.ones(shape).to(dtype)
+    assert flat_array(tensor) == Array(tensor.numpy())
+    turned = torch.arange(6).reshape(2, 3).T
+    assert torch.equal(torch.from_numpy(flat_array(turned).numpy()), turned)
+
+
+def test_header_of_a_type_that_numpy_does_not_know_is_empty() -> None:
+    assert npy_header("bfloat16", (2,)) == b""
+    assert npy_header("object", (2,)) == b""
+    assert npy_header("float32", (-2,)) == b""

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Error, Message, Metadata, RecordDict, UserConfig
+import numpy as np
+from flwr.app import Array, Context, Error, Message, Metadata, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fl_edge.errors import ConfigError
+from fl_edge.link.packing import npy_header
 from fl_edge.seeding import numpy_rng
 
 # Flower's ErrorCode is not among its public names; these are its values in 1.26 to 1.42.
@@ -373,15 +375,47 @@ def _copy(message: Message, message_id: str, run_id: int, src: int, dst: int) ->
     return _message(own, content, message.error if message.has_error() else None)
 
 
+class _LocalArray(Array):
+    """An array whose ``numpy()`` reads the bytes where they are, ten times as fast as ``np.load`` parses them."""
+
+    __qualname__ = "Array"  # Flower writes the name into the bytes from which it makes an object's id
+
+    def __eq__(self, other: object) -> bool:  # a dataclass never equals one of another class
+        if not isinstance(other, Array):
+            return NotImplemented
+        return (self.dtype, self.shape, self.stype, self.data) == (other.dtype, other.shape, other.stype, other.data)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def numpy(self) -> Any:
+        header = npy_header(self.dtype, self.shape)
+        if header and self.stype == "numpy.ndarray" and self.data.startswith(header):
+            size = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+            if len(self.data) == len(header) + size:
+                flat = np.frombuffer(self.data, self.dtype, offset=len(header))
+                return flat.reshape(self.shape).copy()
+        return super().numpy()
+
+
 def copy_records(records: RecordDict) -> RecordDict:
     """Return a copy that can be edited without a trace in the original; array bytes are shared, not copied."""
-    copies: dict[str, Any] = {}
+    own = records.copy()
     for name, record in records.items():
-        own = record.copy()
+        copied = record.copy()
+        # Setting values through the record would check each type again, at twice the price of all the rest.
+        values = copied.__dict__["_data"]
         for key, value in record.items():
-            if isinstance(record, ArrayRecord):
-                own[key] = copy.copy(value)  # type: ignore[assignment]
-            elif isinstance(value, list):
-                own[key] = list(value)  # type: ignore[assignment]
-        copies[name] = own
-    return RecordDict(copies)
+            if isinstance(value, list):
+                values[key] = list(value)
+            elif isinstance(value, Array):
+                values[key] = _copy_array(value)
+        own.__dict__["_data"][name] = copied
+    return own
+
+
+def _copy_array(array: Array) -> Array:
+    if type(array) not in (Array, _LocalArray):
+        return copy.copy(array)
+    own = _LocalArray.__new__(_LocalArray)
+    own.__dict__.update(array.__dict__)
+    return own
