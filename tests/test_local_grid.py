@@ -330,7 +330,7 @@ def test_delivered_arrays_behave_like_flowers(values: Any) -> None:
     assert np.array_equal(array.numpy(), values)
     array.data = Array(np.ones(2)).data[:-1]
     assert array != original
-    with pytest.raises(ValueError, match="reshape|EOF"):
+    with pytest.raises(ValueError, match=r"reshape|EOF"):
         array.numpy()
     array.stype = "safetensors"
     with pytest.raises(TypeError, match="safetensors"):

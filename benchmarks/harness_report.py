@@ -1,0 +1,86 @@
+"""Summaries and tables of measurements."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from scipy import stats  # type: ignore[import-untyped]
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Column, Results, Target
+
+
+def summarize(raw: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return ``summary[case][key]`` of all columns: quartiles of real times, mean and 95 % interval of the rest."""
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for case in dict.fromkeys(record["case"] for record in raw):
+        summary[case] = {}
+        for key, column in columns.items():
+            by_seed: dict[int, list[float]] = {}
+            for record in raw:
+                if record["case"] == case and record["values"].get(key) is not None:
+                    by_seed.setdefault(record["seed"], []).append(float(record["values"][key]))
+            if by_seed:
+                pooled = [value for values in by_seed.values() for value in values]
+                means = [statistics.fmean(values) for values in by_seed.values()]
+                summary[case][key] = quartiles(pooled) if column.kind == "real_s" else interval(means)
+    return summary
+
+
+def quartiles(values: Sequence[float]) -> dict[str, Any]:
+    """Return median and quartiles (by linear interpolation) of real times."""
+    if len(values) == 1:
+        return {"median": values[0], "q1": values[0], "q3": values[0], "n": 1}
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "n": len(values)}
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean over seeds and its 95 % interval by Student's t; no interval from a single seed."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return {"mean": mean, "low": None, "high": None, "n": 1}
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def cell(entry: Mapping[str, Any] | None, digits: int) -> str:
+    """Return one cell of the table: center and spread."""
+    if entry is None:
+        return "-"
+    if "median" in entry:
+        return f"{entry['median']:.{digits}f} [{entry['q1']:.{digits}f}, {entry['q3']:.{digits}f}]"
+    spread = "" if entry["low"] is None else f" ± {entry['mean'] - entry['low']:.{digits}f}"
+    return f"{entry['mean']:.{digits}f}{spread}"
+
+
+def print_table(
+    console: Console,
+    title: str,
+    cases: Sequence[str],
+    columns: Mapping[str, Column],
+    results: Results,
+    targets: Sequence[Target],
+    install: str,
+) -> None:
+    """Print one row a case, then one line a target."""
+    caption = "real time: median [quartiles] over repetitions; all else: mean ± half of the 95 % interval over seeds"
+    table = Table(title=title, caption=caption)
+    table.add_column("case")
+    for column in columns.values():
+        table.add_column(column.heading, justify="right")
+    for case in cases:
+        if case in results.missing:
+            table.add_row(case, f"not installed: {install}", *[""] * (len(columns) - 1), style="yellow")
+            continue
+        entries = results.summary.get(case, {})
+        table.add_row(case, *(cell(entries.get(key), column.digits) for key, column in columns.items()))
+    console.print(table)
+    for target in targets:
+        value = "not measured" if target.value is None else f"{target.value:.4g}"
+        verdict, style = ("holds", "green") if target.holds else ("DOES NOT HOLD", "bold red")
+        console.print(f"{target.measure}: {value}, target {target.target}: {verdict}", style=style, markup=False)
