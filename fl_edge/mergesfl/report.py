@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 
@@ -66,3 +67,26 @@ class RoundReport:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:6.2f} MB"
+
+
+def summarise(reports: Sequence[RoundReport]) -> dict[str, Any]:
+    """Return the figures of a whole run: what result.json and the closing table hold."""
+    last = reports[-1]
+    tested = [report.test_accuracy for report in reports if report.test_accuracy is not None]
+    return {
+        "rounds": last.server_round,
+        "test_accuracy": last.test_accuracy,
+        "best_test_accuracy": max(tested, default=None),
+        "test_loss": last.test_loss,
+        "kl_mean": fmean(report.kl for report in reports),
+        "cohort_mean": fmean(len(report.devices) for report in reports),
+        "batch_size_min": min(min(report.batch_sizes) for report in reports),
+        "batch_size_max": max(max(report.batch_sizes) for report in reports),
+        "waiting_s_mean": fmean(report.waiting_s for report in reports),
+        "virtual_s": last.virtual_s,
+        "real_s": sum(report.real_s for report in reports),
+        "up_bytes": sum(report.up_bytes for report in reports),
+        "down_bytes": sum(report.down_bytes for report in reports),
+        "lost": sum(len(report.lost) for report in reports),
+        "aborted": sum(report.aborted for report in reports),
+    }
