@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fl_edge.data.config import DataConfig
-from fl_edge.data.hub import Table, open_tables
+from fl_edge.data.hub import open_tables
+from fl_edge.data.table import Table
 from fl_edge.errors import DataError
 from fl_edge.seeding import derive_seed
 

@@ -57,15 +57,15 @@ def device_indices(labels: NDArray[Any], num_devices: int, config: DataConfig, s
             f"{len(labels)} samples cannot give {num_devices} devices min_samples={config.min_samples} each; "
             "change the number of devices or min_samples"
         )
-    classes = len(np.unique(labels))
-    if config.partition == "pathological" and config.classes_per_device > classes:
-        raise DataError(f"classes_per_device={config.classes_per_device} is not possible; there are {classes} classes")
+    if config.partition == "pathological":
+        _check_classes(len(np.unique(labels)), num_devices, config)
     problem = "a class is wanted by more devices than it has samples"  # the one thing a pathological draw dies of
     for draw in range(_DRAWS if config.partition in ("dirichlet", "pathological") else 1):
         devices = _split(labels, num_devices, config, seed, draw, config.min_samples)
-        if devices is not None:
-            problem = _problem(devices, labels, config)
-        if devices is not None and not problem:
+        if devices is None:
+            continue
+        problem = _problem(devices, labels, config)
+        if not problem:
             return [np.sort(indices) for indices in devices]
     if config.partition == "dirichlet" and (devices := _split(labels, num_devices, config, seed, 0, 0)):
         problem = _problem(devices, labels, config)  # what the first draw would have looked like
@@ -156,6 +156,16 @@ def _dominant(labels: Ints, num_devices: int, config: DataConfig, seed: int) -> 
         for other, part in zip(others, np.array_split(samples[kept:], max(len(others), 1)), strict=bool(others)):
             devices[other].append(part)
     return [np.concatenate(parts) for parts in devices]
+
+
+def _check_classes(classes: int, num_devices: int, config: DataConfig) -> None:
+    if config.classes_per_device > classes:
+        raise DataError(f"classes_per_device={config.classes_per_device} is not possible; there are {classes} classes")
+    if num_devices * config.classes_per_device < classes:
+        raise DataError(
+            f"{num_devices} devices of {config.classes_per_device} classes cannot hold {classes} classes; "
+            f"change {_remedy(config)}"
+        )
 
 
 def _problem(devices: list[Ints], labels: Ints, config: DataConfig) -> str:
