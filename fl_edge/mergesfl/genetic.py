@@ -9,8 +9,10 @@ from fl_edge.mergesfl.selection import Problem, greedy_cohort, repair
 from fl_edge.mergesfl.workers import Bools
 
 
-def genetic_cohort(problem: Problem, config: MergeSFLConfig, rng: np.random.Generator) -> Bools:
-    """Return the fittest cohort after ``config.generations``, (N,); never worse than the greedy one if that is seeded.
+def evolve(problem: Problem, config: MergeSFLConfig, rng: np.random.Generator) -> Bools:
+    """Return the population after ``config.generations``, fittest first, (population, N).
+
+    The fittest is never worse than the greedy cohort if that is seeded (``config.greedy_seed``).
 
     Each generation keeps its best individual (elitism); all others are children of two tournament winners, by one-point
     crossover, bit flips, and repair.
@@ -28,7 +30,8 @@ def genetic_cohort(problem: Problem, config: MergeSFLConfig, rng: np.random.Gene
         offspring = np.where(np.arange(workers) < cut, population[winners[0]], population[winners[1]])
         offspring ^= rng.random(offspring.shape) < config.mutation
         population = np.concatenate([population[rank == 0], repair(problem, offspring)])
-    return np.asarray(population[problem.best(population)])
+    divergence, unused = problem.score(population)
+    return np.asarray(population[np.lexsort((unused, divergence))])
 
 
 def _first_population(problem: Problem, config: MergeSFLConfig, rng: np.random.Generator) -> Bools:

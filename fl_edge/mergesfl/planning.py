@@ -10,7 +10,7 @@ from fl_edge.errors import ConfigError
 from fl_edge.mergesfl.batching import average_waiting, durations, equal, regulate, shrink
 from fl_edge.mergesfl.config import MergeSFLConfig
 from fl_edge.mergesfl.distribution import kl_divergence, label_mix, reference_mix
-from fl_edge.mergesfl.genetic import genetic_cohort
+from fl_edge.mergesfl.genetic import evolve
 from fl_edge.mergesfl.polish import polish
 from fl_edge.mergesfl.selection import Problem, all_workers, greedy_cohort, priorities, random_cohort
 from fl_edge.mergesfl.tuning import Cohort, fill, tune, tune_dual
@@ -123,8 +123,8 @@ def select(problem: Problem, config: MergeSFLConfig, rng: np.random.Generator) -
         return random_cohort(problem, rng)
     if config.selection == "greedy":
         return greedy_cohort(problem)
-    cohort = genetic_cohort(problem, config, rng)
-    return polish(problem, cohort, rng) if config.polish else cohort
+    population = evolve(problem, config, rng)
+    return polish(problem, population, rng) if config.polish else population[0]
 
 
 def _smallest_cohort(count: int, config: MergeSFLConfig) -> int:

@@ -71,7 +71,8 @@ class Problem:
 
     def divergence(self, imbalance: Floats, total: Floats | Ints | int) -> Floats:
         """Return the exact KL of cohorts given as sum_i u_i, (..., C), and sum_i d_i, (...,)."""
-        return kl_divergence(self.reference + imbalance * self.metric / np.asarray(total)[..., None], self.reference)
+        mix = self.reference + imbalance * self.metric / np.asarray(total)[..., None]
+        return kl_divergence(np.maximum(mix, 0.0), self.reference)  # rounding leaves absent classes just below zero
 
     def score(self, cohorts: Bools) -> tuple[Floats, Floats]:
         """Return KL and unused samples of the cohorts, (P,) each; fitness is lexicographic in the two."""
