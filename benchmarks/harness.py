@@ -70,17 +70,17 @@ class Case:
 class Column:
     """One column of the table: a key of the measurements, and what kind of number it holds.
 
-    Real and virtual seconds are different kinds and never share a column; the heading names which one it is.
+    Real and virtual times are different kinds and never share a column; the heading names which one it is.
     """
 
     label: str
-    kind: Literal["value", "real_s", "virtual_s"] = "value"
+    kind: Literal["value", "real_s", "real_ms", "virtual_s"] = "value"
     digits: int = 3
 
     @property
     def heading(self) -> str:
         """The label with its unit of time."""
-        return self.label + {"value": "", "real_s": " (real s)", "virtual_s": " (virtual s)"}[self.kind]
+        return self.label if self.kind == "value" else f"{self.label} ({self.kind.replace('_', ' ')})"
 
 
 @dataclass(frozen=True)

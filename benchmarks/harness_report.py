@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy import stats  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def summarize(raw: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -
             if by_seed:
                 pooled = [value for values in by_seed.values() for value in values]
                 means = [statistics.fmean(values) for values in by_seed.values()]
-                summary[case][key] = quartiles(pooled) if column.kind == "real_s" else interval(means)
+                summary[case][key] = quartiles(pooled) if column.kind.startswith("real") else interval(means)
     return summary
 
 
@@ -69,17 +70,20 @@ def print_table(
 ) -> None:
     """Print one row a case, then one line a target."""
     caption = "real time: median [quartiles] over repetitions; all else: mean ± half of the 95 % interval over seeds"
-    table = Table(title=title, caption=caption)
+    # Text throughout: rich reads plain strings as markup, and would take "[quartiles]" and ".[bench]" for styles.
+    table = Table(title=Text(title), caption=Text(caption))
     table.add_column("case")
     for column in columns.values():
-        table.add_column(column.heading, justify="right")
+        table.add_column(Text(column.heading), justify="right")
     for case in cases:
-        if case in results.missing:
-            table.add_row(case, f"not installed: {install}", *[""] * (len(columns) - 1), style="yellow")
-            continue
         entries = results.summary.get(case, {})
-        table.add_row(case, *(cell(entries.get(key), column.digits) for key, column in columns.items()))
+        cells = [cell(entries.get(key), column.digits) for key, column in columns.items()]
+        if case in results.missing:
+            cells = ["not installed", *[""] * (len(columns) - 1)]
+        table.add_row(*map(Text, [case, *cells]), style="yellow" if case in results.missing else None)
     console.print(table)
+    for case, needs in results.missing.items():
+        console.print(Text(f"{case}: not installed ({', '.join(needs)}); {install}", style="yellow"))
     for target in targets:
         value = "not measured" if target.value is None else f"{target.value:.4g}"
         verdict, style = ("holds", "green") if target.holds else ("DOES NOT HOLD", "bold red")

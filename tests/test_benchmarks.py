@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.__main__ import catalogue, main
@@ -61,9 +60,8 @@ def targets(results: Results) -> list[Target]:
 
 
 def figure(results: Results, path: Path) -> None:
-    drawing = Figure(figsize=(1, 1))
-    drawing.subplots().plot(results.values("ours", "seconds"))
-    drawing.savefig(path)
+    assert len(results.values("ours", "seconds")) > 0
+    path.write_bytes(b"\x89PNG")
 
 
 def run(fake: Fake, folder: Path, **options: Any) -> tuple[int, str]:
@@ -149,8 +147,9 @@ def test_a_missing_peer_is_named_with_its_command(tmp_path: Path) -> None:
     install = 'pip install ".[bench]"'
     assert status == 0
     assert document["missing"] == [{"case": "peer", "needs": ["no_such_peer"], "install": install}]
-    row = next(line for line in text.splitlines() if "peer" in line)
-    assert f"not installed: {install}" in row
+    rows = [line for line in text.splitlines() if "peer" in line]
+    assert "not installed" in rows[0]
+    assert rows[1] == f"peer: not installed (no_such_peer); {install}"
     assert "ours / peer: not measured, target at most 1: DOES NOT HOLD" in text
 
 
@@ -159,6 +158,7 @@ def test_the_table_names_spread_and_kind_of_time(tmp_path: Path) -> None:
     assert "rounds (real s)" in text
     assert "rounds (virtual s)" in text
     assert "5.5 [3.5, 7.5]" in text
+    assert "median [quartiles]" in text
     assert "0.915 ± 0.064" in text
     assert "accuracy: 0.915, target at least 0.99: DOES NOT HOLD" in text
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -326,6 +328,9 @@ def test_delivered_arrays_behave_like_flowers(values: Any) -> None:
     decoded = array.numpy()
     assert (decoded.dtype, decoded.shape) == (values.dtype, values.shape)
     assert np.array_equal(decoded, values)
+    for clone in (copy.deepcopy(array), pickle.loads(pickle.dumps(array))):
+        assert type(clone) is Array
+        assert clone == original
     decoded[...] = 7  # writable, and a copy
     assert np.array_equal(array.numpy(), values)
     array.data = Array(np.ones(2)).data[:-1]
