@@ -88,22 +88,25 @@ def figure(results: Results, path: Path) -> None:
 
     base = results.center(floor(results), "seconds")
     cases = [case for case in (LOOP, COPIES, LOCAL, PFL, RAY) if case in results.summary][::-1]
-    drawing = Figure(figsize=(8, 3.2), layout="constrained")
+    drawing = Figure(figsize=(8, 3), layout="constrained")
     axes = drawing.subplots()
+    largest = 0.0
     for row, case in enumerate(cases):
-        entry = results.summary[case]["seconds"]
+        entry, values = results.summary[case]["seconds"], results.values(case, "seconds")
         color = "tab:orange" if case == LOCAL else "tab:gray"
-        axes.barh(row, entry["median"], color=color, alpha=0.5, height=0.6)
         spread = [[entry["median"] - entry["q1"]], [entry["q3"] - entry["median"]]]
-        axes.errorbar(entry["median"], row, xerr=spread, color="black", capsize=3)
-        values = results.values(case, "seconds")
-        axes.plot(values, [row] * len(values), "|", color=color)
-        text = f"  {entry['median']:.3g} s = {entry['median'] / base:.2f} x" if base else ""
-        axes.text(max([*values, entry["q3"]]), row, text, va="center")
+        axes.plot(values, [row] * len(values), "|", color=color, alpha=0.6, markersize=10)
+        axes.errorbar(entry["median"], row, xerr=spread, fmt="o", color=color, ecolor="black", capsize=4)
+        times = f", {entry['median'] / base:.2f} times the loop" if base else ""
+        axes.annotate(
+            f"{entry['median']:.3g} s{times}", (max(values), row), (10, 0), textcoords="offset points", va="center"
+        )
+        largest = max(largest, *values)
     axes.set_yticks(range(len(cases)), cases)
     axes.set_xscale("log")
-    axes.margins(x=0.25)
-    axes.set_xlabel("real seconds for 20 rounds, 200 client tasks (median, quartiles; x: times the faster plain loop)")
+    axes.set_ylim(-0.6, len(cases) - 0.4)
+    axes.set_xlim(right=12 * largest)  # room for the words beside the last point
+    axes.set_xlabel("real seconds for 200 client tasks (median, quartiles, all measurements)")
     axes.spines[["top", "right"]].set_visible(False)
     drawing.savefig(path, dpi=150)
 

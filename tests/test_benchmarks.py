@@ -15,6 +15,12 @@ from benchmarks.harness import Benchmark, Case, Column, Results, Target, run_ben
 from benchmarks.harness_report import interval, quartiles
 
 
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the garbage of all other tests where it is: collecting it before each measurement takes seconds here."""
+    monkeypatch.setattr("benchmarks.harness.gc.collect", lambda: 0)
+
+
 class Fake:
     """A benchmark whose measurements are counted, and may be interrupted."""
 
