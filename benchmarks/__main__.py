@@ -36,7 +36,7 @@ def sources(name: str, folder: Path = FOLDER) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 ran, 1 a measurement failed, 2 no such benchmark."""
+    """Run the command line; return the exit status: 0 ran, 1 failed, 2 no such benchmark, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Side-by-side runs against baselines.")
     parser.add_argument("name", nargs="?", help="the benchmark; without one, all are listed")
     parser.add_argument("--quick", action="store_true", help="a small variant that ends in a minute or so")
@@ -53,14 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.harness import run_benchmark
 
     module = importlib.import_module(f"benchmarks.{options.name}")
-    return run_benchmark(
-        module.BENCHMARK,
-        options.name,
-        FOLDER / "results",
-        quick=options.quick,
-        seeds=options.seeds,
-        sources=sources(options.name),
-    )
+    try:
+        return run_benchmark(
+            module.BENCHMARK,
+            options.name,
+            FOLDER / "results",
+            quick=options.quick,
+            seeds=options.seeds,
+            sources=sources(options.name),
+        )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

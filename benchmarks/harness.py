@@ -279,12 +279,12 @@ def _measure_all(
         values = dict(benchmark.measure(case, seed, quick))
         took.setdefault(case, []).append(time.perf_counter() - started)
         partial.append({"case": case, "seed": seed, "repetition": repetition, "values": values})
-        everything = [duration for durations in took.values() for duration in durations]
-        left = sum(sum(known) / len(known) for later, _, _ in todo[index:] for known in (took.get(later, everything),))
+        left = sum(sum(known) / len(known) for later, _, _ in todo[index:] if (known := took.get(later)))
+        word = "about" if all(later in took for later, _, _ in todo[index:]) else "more than"
         position = len(plan) - len(todo) + index
         console.print(
             f"[{position}/{len(plan)}] {case}, seed {seed}, repetition {repetition + 1}: "
-            f"{took[case][-1]:.2f} s; about {_duration(left)} left",
+            f"{took[case][-1]:.2f} s; {word} {_duration(left)} left",
             markup=False,
             highlight=False,
         )

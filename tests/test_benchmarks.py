@@ -260,3 +260,14 @@ def test_the_list_has_one_line_each(capsys: pytest.CaptureFixture[str], tmp_path
 def test_one_value_has_a_center(function: Callable[[Sequence[float]], dict[str, Any]]) -> None:
     summary = function([3.0])
     assert summary.get("mean", summary.get("median")) == 3.0
+
+
+def test_the_runners_do_the_same_work() -> None:
+    from benchmarks.runner_flower import run_local_grid
+    from benchmarks.runner_job import Job, run_loop
+
+    job = Job(seed=3, clients=6, per_round=3, rounds=4)
+    outcomes = [run_loop(job), run_loop(job, reuse=False), run_local_grid(job)]
+    assert {outcome.steps for outcome in outcomes} == {job.steps} == {36}
+    assert len({outcome.accuracy for outcome in outcomes}) == 1
+    assert outcomes[0].accuracy > 0.15
