@@ -9,9 +9,10 @@ from fl_edge.mergesfl.workers import Bools, Floats, Ints
 
 BLOCK = 128  # members, and outsiders, that one step looks at: all of them, or a part chosen anew each step
 EXACT_MOVES = 16  # moves that one step scores with the exact divergence
+GRAM = 1024  # up to so many workers, all products u_i u_j are kept (8 MiB)
 TENURE = (2, 8)  # steps for which a worker that has just moved stays where it is
-STAGES = ((30, 5), (60, 1))  # steps of every search, and how many of the leading ones go on
-LAST_STAGE = (120, 10)  # steps of the last search: so many, and one more for every so many workers
+STAGES = ((30, 6), (70, 1))  # steps of every search, and how many of the leading ones go on
+LAST_STEPS = 1000  # steps of the last search: half as many as there are workers, but no more than these
 
 
 def polish(problem: Problem, cohorts: Bools, rng: np.random.Generator) -> Bools:
@@ -27,7 +28,7 @@ def polish(problem: Problem, cohorts: Bools, rng: np.random.Generator) -> Bools:
     """
     best = cohorts[problem.best(cohorts)]
     leading = _filled_up(problem, cohorts, rng)
-    for steps, survivors in (*STAGES, (LAST_STAGE[0] + cohorts.shape[1] // LAST_STAGE[1], 1)):
+    for steps, survivors in (*STAGES, (min(cohorts.shape[1] // 2, LAST_STEPS), 1)):
         leading = tabu_search(problem, leading, steps, rng)
         divergence, unused = problem.score(leading)
         leading = leading[np.lexsort((unused, divergence))[:survivors]]
@@ -53,42 +54,43 @@ def tabu_search(problem: Problem, cohorts: Bools, steps: int, rng: np.random.Gen
     :attr:`Problem.deviations`; the most promising ones are then scored with the exact divergence.
     """
     searches, nobody = cohorts.shape  # nobody: an index behind the last worker, without imbalance or samples
-    each = np.arange(searches)
+    each, every = np.arange(searches), np.arange(searches)[:, None]
     deviations = np.vstack([problem.deviations, np.zeros(problem.deviations.shape[1])])
     squares, sizes = np.append(problem.squares, 0.0), np.append(problem.batch_sizes, 0).astype(np.float64)
+    products = -2 * deviations @ deviations.T if nobody <= GRAM else None
     inside = np.column_stack([cohorts, np.zeros(searches, dtype=bool)])
     imbalance, total = inside @ deviations, inside @ sizes
     best, best_divergence = inside.copy(), problem.divergence(imbalance, total)
     rests_until = np.zeros(inside.shape, dtype=np.int64)
     for step in range(steps):
-        count = inside.sum(axis=1)
-        leaving, out_u, out_cost = _candidates(problem, deviations, squares, inside, -imbalance, rng)
-        joining, in_u, in_cost = _candidates(problem, deviations, squares, ~inside, imbalance, rng)
-        resting = rests_until > step
-        out_cost[np.take_along_axis(resting | ~inside, leaving, axis=1)] = np.inf
-        in_cost[np.take_along_axis(resting | inside, joining, axis=1)] = np.inf
-        out_cost[:, -1] = np.where(count < problem.largest, 0.0, np.inf)
-        in_cost[:, -1] = np.where(count > problem.smallest, 0.0, np.inf)
-        # |R - u_i + u_j|^2 / (T - d_i + d_j)^2, (P, leaving, joining)
-        estimate = out_u @ (-2 * in_u).swapaxes(1, 2)
-        estimate += (out_cost + np.einsum("pc,pc->p", imbalance, imbalance)[:, None])[:, :, None]
-        estimate += in_cost[:, None, :]
+        # |R - u_i + u_j|^2 = |R|^2 + leave_i + join_j - 2 u_i u_j
+        along, awake, count = 2 * imbalance @ deviations.T, rests_until <= step, inside.sum(axis=1)
+        leave_cost = np.where(inside & awake, squares - along, np.inf)
+        join_cost = np.where(~inside & awake, squares + along, np.inf)
+        leave_cost[:, nobody] = np.where(count < problem.largest, 0.0, np.inf)
+        join_cost[:, nobody] = np.where(count > problem.smallest, 0.0, np.inf)
+        leaving, joining = _candidates(leave_cost, rng), _candidates(join_cost, rng)
+        if products is None:
+            estimate = deviations[leaving] @ (-2 * deviations[joining]).swapaxes(1, 2)
+        else:
+            estimate = products[leaving[:, :, None], joining[:, None, :]]
+        estimate += (leave_cost[every, leaving] + np.square(imbalance).sum(axis=1, keepdims=True))[:, :, None]
+        estimate += join_cost[every, joining][:, None, :]
         totals = (total[:, None] - sizes[leaving])[:, :, None] + sizes[joining][:, None, :]
         estimate[totals > problem.budget] = np.inf
+        estimate[:, -1, -1] = np.inf  # nobody for nobody
         estimate /= np.square(totals, out=totals)
-        estimate[:, -1, -1] = np.inf
-        i, j, finite = _promising(estimate)
-        leaving, joining = np.take_along_axis(leaving, i, axis=1), np.take_along_axis(joining, j, axis=1)
+        i, j, allowed = _promising(estimate)
+        leaving, joining = leaving[every, i], joining[every, j]
         moved = imbalance[:, None] - deviations[leaving] + deviations[joining]
-        moved_totals = total[:, None] - sizes[leaving] + sizes[joining]
-        divergence = np.where(finite, problem.divergence(moved, np.maximum(moved_totals, 1)), np.inf)
+        moved_totals = np.maximum(total[:, None] - sizes[leaving] + sizes[joining], 1)
+        divergence = np.where(allowed, problem.divergence(moved, moved_totals), np.inf)
         pick = divergence.argmin(axis=1)
-        stuck = ~finite[each, pick]
-        leave, join = np.where(stuck, nobody, leaving[each, pick]), np.where(stuck, nobody, joining[each, pick])
+        stays = ~allowed[each, pick]
+        leave, join = np.where(stays, nobody, leaving[each, pick]), np.where(stays, nobody, joining[each, pick])
         inside[each, leave], inside[each, join] = False, True
-        inside[:, nobody] = False
-        rest = step + 1 + rng.integers(*TENURE, size=(2, searches))
-        rests_until[each, leave], rests_until[each, join] = rest
+        rests_until[each, leave], rests_until[each, join] = step + 1 + rng.integers(*TENURE, size=(2, searches))
+        inside[:, nobody], rests_until[:, nobody] = False, 0
         imbalance = imbalance - deviations[leave] + deviations[join]
         total = total - sizes[leave] + sizes[join]
         better = divergence[each, pick] < best_divergence
@@ -96,34 +98,34 @@ def tabu_search(problem: Problem, cohorts: Bools, steps: int, rng: np.random.Gen
     return np.asarray(best[:, :nobody])
 
 
-def _candidates(
-    problem: Problem, deviations: Floats, squares: Floats, among: Bools, imbalance: Floats, rng: np.random.Generator
-) -> tuple[Ints, Floats, Floats]:
-    """Return workers that may move, nobody last, their u, and what each alone adds to |R|^2, (P, k) and (P, k, C).
+def _candidates(costs: Floats, rng: np.random.Generator) -> Ints:
+    """Return workers that may move, by search, nobody last, (P, k).
 
-    Of more than BLOCK workers, half are those that help most on their own, half are drawn.
+    Of more than BLOCK workers, half are those of the least cost on their own, half are drawn.
     """
-    among = among[:, :-1]
-    width = int(among.sum(axis=1).max(initial=0))
+    possible = np.isfinite(costs[:, :-1])
+    width = int(possible.sum(axis=1).max())
     if width <= BLOCK:
-        workers = np.argsort(~among, axis=1, kind="stable")[:, :width]
+        workers = np.argsort(~possible, axis=1, kind="stable")[:, :width]
     else:
-        alone = np.where(among, problem.squares + 2 * imbalance @ problem.deviations.T, np.inf)
-        drawn = np.where(among, rng.random(among.shape), np.inf)
+        drawn = np.where(possible, rng.random(possible.shape), np.inf)
         half = BLOCK // 2
-        workers = np.hstack([np.argpartition(keys, half, axis=1)[:, :half] for keys in (alone, drawn)])
-    workers = np.column_stack([workers, np.full(len(workers), among.shape[1])])
-    chosen = deviations[workers]
-    return workers, chosen, squares[workers] + 2 * np.einsum("pkc,pc->pk", chosen, imbalance)
+        workers = np.hstack([np.argpartition(keys, half, axis=1)[:, :half] for keys in (costs[:, :-1], drawn)])
+    return np.column_stack([workers, np.full(len(workers), possible.shape[1])])
 
 
 def _promising(estimate: Floats) -> tuple[Ints, Ints, Bools]:
-    """Return rows and columns of the moves that deserve an exact score, and which of them are allowed, (P, k)."""
+    """Return rows and columns of the moves that deserve an exact score, and which of them are allowed, (P, k).
+
+    These are the best of each row and of each column, and of them the best EXACT_MOVES.
+    """
     searches, rows, columns = estimate.shape
-    i = np.concatenate([np.broadcast_to(np.arange(rows), (searches, rows)), estimate.argmin(axis=1)], axis=1)
-    j = np.concatenate([estimate.argmin(axis=2), np.broadcast_to(np.arange(columns), (searches, columns))], axis=1)
-    values = estimate[np.arange(searches)[:, None], i, j]
-    if values.shape[1] > EXACT_MOVES:
+    i, j = np.empty((2, searches, rows + columns), dtype=np.int64)
+    i[:, :rows], j[:, :rows] = np.arange(rows), estimate.argmin(axis=2)
+    i[:, rows:], j[:, rows:] = estimate.argmin(axis=1), np.arange(columns)
+    every = np.arange(searches)[:, None]
+    values = estimate[every, i, j]
+    if rows + columns > EXACT_MOVES:
         keep = np.argpartition(values, EXACT_MOVES, axis=1)[:, :EXACT_MOVES]
-        i, j, values = (np.take_along_axis(array, keep, axis=1) for array in (i, j, values))
+        i, j, values = i[every, keep], j[every, keep], values[every, keep]
     return i, j, np.isfinite(values)
