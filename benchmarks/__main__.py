@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.name not in known:
         print(f"no benchmark {options.name!r}: there are {', '.join(known) or 'none'}", file=sys.stderr)
         return 2
-    from benchmarks.harness import run_benchmark
+    from benchmarks.harness_run import run_benchmark
 
     module = importlib.import_module(f"benchmarks.{options.name}")
     try:

@@ -11,14 +11,15 @@ import pytest
 from rich.console import Console
 
 from benchmarks.__main__ import catalogue, main
-from benchmarks.harness import Benchmark, Case, Column, Results, Target, run_benchmark
+from benchmarks.harness import Benchmark, Case, Column, Results, Target
 from benchmarks.harness_report import interval, quartiles
+from benchmarks.harness_run import run_benchmark
 
 
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the garbage of all other tests where it is: collecting it before each measurement takes seconds here."""
-    monkeypatch.setattr("benchmarks.harness.gc.collect", lambda: 0)
+    monkeypatch.setattr("benchmarks.harness_run.gc.collect", lambda: 0)
 
 
 class Fake:
