@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,14 @@ class ControlState:
     devices: dict[str, DeviceState] = field(default_factory=dict)
 
     def observe(self, device: str, compute_s: float, transfer_s: float, smoothing: float) -> None:
-        """Take a measurement of a known device into its estimates (eqs. 5-6)."""
+        """Take a measurement of a known device into its estimates (eqs. 5-6).
+
+        Raises
+        ------
+        ReplyError
+            A cost that no device can have.
+        """
+        _check_costs(compute_s, transfer_s)
         known = self.devices[device]
         known.compute_s = smooth(known.compute_s, compute_s, smoothing)
         known.transfer_s = smooth(known.transfer_s, transfer_s, smoothing)
@@ -49,8 +57,9 @@ class ControlState:
         Raises
         ------
         ReplyError
-            No samples, negative counts, or another number of classes than the devices before.
+            No samples, negative counts, another number of classes than the devices before, or impossible costs.
         """
+        _check_costs(compute_s, transfer_s)
         if not labels or min(labels) < 0 or sum(labels) < 1:
             raise ReplyError(f"it describes {sum(labels)} samples in {len(labels)} classes; at least one sample is due")
         if self.devices and len(labels) != self.num_classes:
@@ -88,3 +97,11 @@ class ControlState:
         devices = {name: DeviceState(**device) for name, device in record["devices"].items()}
         clock, traffic = VirtualClock.from_record(record["clock"]), Traffic.from_record(record["traffic"])
         return cls(record["server_round"], clock, traffic, devices)
+
+
+def _check_costs(compute_s: float, transfer_s: float) -> None:
+    if not (0 < compute_s < math.inf and 0 <= transfer_s < math.inf):
+        raise ReplyError(
+            f"it reports {compute_s} s of compute and {transfer_s} s of transfer a sample; a positive number and one "
+            "of at least 0 are due"
+        )

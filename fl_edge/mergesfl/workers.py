@@ -67,9 +67,9 @@ class Workers:
         # negated comparisons: NaN fails them
         _refuse(~(np.abs(sums - 1) <= _SUM_TOLERANCE), sums, "label shares that sum to {}; the sum must be 1")
         _refuse(self.samples < 1, self.samples, "{} samples; it must have at least 1")
-        for name in ("compute_s", "transfer_s"):
-            cost = getattr(self, name)
-            _refuse(~((cost > 0) & np.isfinite(cost)), cost, name + "={}; it must be a positive number of seconds")
+        mu, beta = self.compute_s, self.transfer_s
+        _refuse(~((mu > 0) & np.isfinite(mu)), mu, "compute_s={}; it must be a positive number of seconds")
+        _refuse(~((beta >= 0) & np.isfinite(beta)), beta, "transfer_s={}; it must be a number of seconds, at least 0")
         _refuse(self.participation < 0, self.participation, "participation={}; it must be at least 0")
 
     def __len__(self) -> int:
