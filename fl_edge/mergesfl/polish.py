@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fl_edge.mergesfl.selection import Problem
 from fl_edge.mergesfl.workers import Bools, Floats, Ints
 
-BLOCK = 128  # members, and outsiders, that one step looks at: all of them, or a part chosen anew each step
+MOVES = 2**17  # swaps that one step ranks, over all searches: every one there is, or a part chosen anew each step
 EXACT_MOVES = 16  # moves that one step scores with the exact divergence
 GRAM = 1024  # up to so many workers, all products u_i u_j are kept (8 MiB)
 TENURE = (2, 8)  # steps for which a worker that has just moved stays where it is
 STAGES = ((30, 6), (70, 1))  # steps of every search, and how many of the leading ones go on
-LAST_STEPS = 1000  # steps of the last search: half as many as there are workers, but no more than these
+LAST_STEPS = 1000  # steps of the last search: one for every five workers, but no more than these
 
 
 def polish(problem: Problem, cohorts: Bools, rng: np.random.Generator) -> Bools:
@@ -28,7 +30,7 @@ def polish(problem: Problem, cohorts: Bools, rng: np.random.Generator) -> Bools:
     """
     best = cohorts[problem.best(cohorts)]
     leading = _filled_up(problem, cohorts, rng)
-    for steps, survivors in (*STAGES, (min(cohorts.shape[1] // 2, LAST_STEPS), 1)):
+    for steps, survivors in (*STAGES, (min(cohorts.shape[1] // 5, LAST_STEPS), 1)):
         leading = tabu_search(problem, leading, steps, rng)
         divergence, unused = problem.score(leading)
         leading = leading[np.lexsort((unused, divergence))[:survivors]]
@@ -54,6 +56,7 @@ def tabu_search(problem: Problem, cohorts: Bools, steps: int, rng: np.random.Gen
     :attr:`Problem.deviations`; the most promising ones are then scored with the exact divergence.
     """
     searches, nobody = cohorts.shape  # nobody: an index behind the last worker, without imbalance or samples
+    most = math.isqrt(MOVES // searches)
     each, every = np.arange(searches), np.arange(searches)[:, None]
     deviations = np.vstack([problem.deviations, np.zeros(problem.deviations.shape[1])])
     squares, sizes = np.append(problem.squares, 0.0), np.append(problem.batch_sizes, 0).astype(np.float64)
@@ -69,7 +72,7 @@ def tabu_search(problem: Problem, cohorts: Bools, steps: int, rng: np.random.Gen
         join_cost = np.where(~inside & awake, squares + along, np.inf)
         leave_cost[:, nobody] = np.where(count < problem.largest, 0.0, np.inf)
         join_cost[:, nobody] = np.where(count > problem.smallest, 0.0, np.inf)
-        leaving, joining = _candidates(leave_cost, rng), _candidates(join_cost, rng)
+        leaving, joining = _candidates(leave_cost, most, rng), _candidates(join_cost, most, rng)
         if products is None:
             estimate = deviations[leaving] @ (-2 * deviations[joining]).swapaxes(1, 2)
         else:
@@ -77,7 +80,7 @@ def tabu_search(problem: Problem, cohorts: Bools, steps: int, rng: np.random.Gen
         estimate += (leave_cost[every, leaving] + np.square(imbalance).sum(axis=1, keepdims=True))[:, :, None]
         estimate += join_cost[every, joining][:, None, :]
         totals = (total[:, None] - sizes[leaving])[:, :, None] + sizes[joining][:, None, :]
-        estimate[totals > problem.budget] = np.inf
+        np.putmask(estimate, totals > problem.budget, np.inf)
         estimate[:, -1, -1] = np.inf  # nobody for nobody
         estimate /= np.square(totals, out=totals)
         i, j, allowed = _promising(estimate)
@@ -98,18 +101,18 @@ def tabu_search(problem: Problem, cohorts: Bools, steps: int, rng: np.random.Gen
     return np.asarray(best[:, :nobody])
 
 
-def _candidates(costs: Floats, rng: np.random.Generator) -> Ints:
+def _candidates(costs: Floats, most: int, rng: np.random.Generator) -> Ints:
     """Return workers that may move, by search, nobody last, (P, k).
 
-    Of more than BLOCK workers, half are those of the least cost on their own, half are drawn.
+    Of more than ``most`` workers, half are those of the least cost on their own, half are drawn.
     """
     possible = np.isfinite(costs[:, :-1])
     width = int(possible.sum(axis=1).max())
-    if width <= BLOCK:
+    if width <= most:
         workers = np.argsort(~possible, axis=1, kind="stable")[:, :width]
     else:
         drawn = np.where(possible, rng.random(possible.shape), np.inf)
-        half = BLOCK // 2
+        half = most // 2
         workers = np.hstack([np.argpartition(keys, half, axis=1)[:, :half] for keys in (costs[:, :-1], drawn)])
     return np.column_stack([workers, np.full(len(workers), possible.shape[1])])
 
