@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from fl_edge.errors import ConfigError, FlEdgeError
@@ -75,13 +75,24 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def stop_superlink(port: int) -> None:
-    """End the local SuperLink that listens on a port, and wait until it is gone."""
-    for process in _listeners(port):
-        os.kill(process, signal.SIGTERM)
-    deadline = time.monotonic() + 20
-    while _superlink_there(port) and time.monotonic() < deadline:
-        time.sleep(0.2)
+def stop_superlink(port: int, patience_s: float = 20.0) -> None:
+    """End the local SuperLink that listens on a port, and all that it started, and wait until they are gone."""
+    family = superlink_family(port)
+    for process in family[:1]:  # the others end with it
+        process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=patience_s)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=patience_s)
+
+
+def superlink_family(port: int) -> list[psutil.Process]:
+    """Return the process that listens on a local port, then all that it started."""
+    for connection in psutil.net_connections(kind="tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            listener = psutil.Process(connection.pid)
+            return [listener, *listener.children(recursive=True)]
+    return []
 
 
 def _flwr_run(values: Mapping[str, Any], scenario: MergeSFLScenario, env: Mapping[str, str]) -> str:
@@ -143,17 +154,6 @@ def _superlink_there(port: int) -> bool:
                 "to a free port"
             )
     return False
-
-
-def _listeners(port: int) -> list[int]:
-    """Return the processes that listen on a local port."""
-    import psutil  # noqa: PLC0415 - only needed at the end
-
-    found = set()
-    for connection in psutil.net_connections(kind="tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-            found.add(connection.pid)
-    return sorted(found)
 
 
 def main() -> int:

@@ -1,0 +1,139 @@
+"""The real thing: `flwr run`, Ray, a local SuperLink of the test's own, and processes that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_edge.checkpoints import load_checkpoint
+from fl_edge.link.local import LocalGrid
+from simulations.client_app import app
+from simulations.launch import APP, stop_superlink, superlink_family
+from simulations.mergesfl import run_mergesfl
+from simulations.scenario import read_scenario
+from tests.tiny import same_bits
+
+SMALL: dict[str, Any] = {
+    "rounds": 4, "devices": 4, "mergesfl.tau": 2, "mergesfl.batch_size": 8, "mergesfl.min_workers": 2,
+    "mergesfl.ingress_batches": 2, "data.alpha": 1.0,
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Launcher:
+    """`python -m simulations` with a Flower home and ports of its own."""
+
+    folder: Path
+    port: int
+
+    def start(self, **overrides: Any) -> subprocess.Popen[str]:
+        values = {**SMALL, "runs": self.folder / "runs", **overrides}
+        env = {
+            **os.environ,
+            "FLWR_HOME": str(self.folder / "flwr"),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
+            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+            "FL_EDGE_CACHE": str(self.folder / "cache"),
+        }
+        arguments = [f"{key}={value}" for key, value in values.items() if value is not None]
+        return subprocess.Popen(
+            [sys.executable, "-m", "simulations", *arguments], cwd=APP, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, **overrides: Any) -> tuple[int, str]:
+        child = self.start(**overrides)
+        output, _ = child.communicate(timeout=240)
+        return child.returncode, output
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    made = Launcher(tmp_path, free_port())
+    yield made
+    stop_superlink(made.port)
+
+
+def locally(folder: Path, **overrides: Any) -> dict[str, Any]:
+    """Run the same scenario on a LocalGrid and return its last checkpoint's weights and record."""
+    config = {**SMALL, "runs": str(folder), "name": "local", **overrides}
+    scenario = read_scenario(config)
+    run_mergesfl(LocalGrid(app, scenario.devices, run_config=config), scenario)
+    kept = load_checkpoint(folder / "local" / "checkpoints")
+    assert kept is not None
+    return vars(kept)
+
+
+def test_flwr_run_ends_with_the_bits_of_a_local_grid(launcher: Launcher, tmp_path: Path) -> None:
+    status, output = launcher.run(name="ray")
+    assert status == 0, output
+    assert "finished:completed" in output
+    assert output.count("round ") >= 4
+    assert "test accuracy" in output
+    folder = tmp_path / "runs" / "ray"
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.yaml", "rounds.jsonl", "result.json", "accuracy.png", "devices.png", "labels.png"} <= names
+    assert any(name.startswith("events.") for name in names)
+    assert not [name for name in names if "partial" in name]
+    assert json.loads((folder / "result.json").read_text())["summary"]["rounds"] == 4
+    kept, local = load_checkpoint(folder / "checkpoints"), locally(tmp_path)
+    assert kept is not None
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record == local["record"]
+    assert not superlink_family(launcher.port)  # stopped, since the launcher had started it
+
+
+def test_a_run_killed_at_work_resumes_to_the_same_bits(launcher: Launcher, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "killed"
+    child = launcher.start(name="killed", rounds=30)
+    deadline = time.monotonic() + 120
+    while load_checkpoint(folder / "checkpoints") is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (server,) = [each for each in superlink_family(launcher.port) if "flwr-simulation" in " ".join(each.cmdline())]
+    os.kill(server.pid, signal.SIGKILL)
+    output, _ = child.communicate(timeout=240)
+    assert child.returncode == 1, output
+    assert "finished:failed" in output
+    kept = load_checkpoint(folder / "checkpoints")
+    assert kept is not None
+    before = kept.server_round
+    assert before < 30
+
+    total = before + 3
+    only_rounds = dict.fromkeys(SMALL) | {"runs": None, "rounds": total, "resume": folder}
+    status, output = launcher.run(**only_rounds)
+    assert status == 0, output
+    assert f"resumed after round {before}" in output
+    kept, local = load_checkpoint(folder / "checkpoints"), locally(tmp_path, rounds=total)
+    assert kept is not None
+    assert kept.server_round == total
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record == local["record"]
+    rounds = [json.loads(line)["server_round"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert rounds == list(range(1, total + 1))
+
+
+def test_a_run_that_cannot_work_fails_with_one_line(launcher: Launcher, tmp_path: Path) -> None:
+    status, output = launcher.run(name="nowhere", **{"data.source": tmp_path / "no-such-folder"})
+    assert status == 1, output
+    assert "finished:failed" in output
+    assert "Traceback" not in output
+    assert [line for line in output.splitlines() if "no-such-folder" in line and "RunFailed" in line], output
+    assert not (tmp_path / "runs" / "nowhere").exists()
