@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import TracebackType
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -13,11 +15,17 @@ app = ServerApp()
 
 
 class RunFailed(Exception):  # noqa: N818 - reads as the sentence that the terminal shows
-    """Ends the run as failed. Flower prints the exception with its traceback, so this one shows none."""
+    """Ends the run as failed. Flower prints the exception with its traceback, so this one hides it.
+
+    Every way to print an exception asks for `__traceback__`; the interpreter itself keeps its own.
+    """
 
     @property
-    def __traceback__(self) -> None:  # type: ignore[override]
-        """Show nothing: the message says what, where and what is allowed."""
+    def __traceback__(self) -> None:
+        return
+
+    @__traceback__.setter
+    def __traceback__(self, value: TracebackType | None) -> None:
         return
 
 
