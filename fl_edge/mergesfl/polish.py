@@ -9,12 +9,12 @@ import numpy as np
 from fl_edge.mergesfl.selection import Problem
 from fl_edge.mergesfl.workers import Bools, Floats, Ints
 
-MOVES = 2**17  # swaps that one step ranks, over all searches: every one there is, or a part chosen anew each step
+MOVES = 2**18  # swaps that one step ranks, over all searches: every one there is, or a part chosen anew each step
 EXACT_MOVES = 16  # moves that one step scores with the exact divergence
 GRAM = 1024  # up to so many workers, all products u_i u_j are kept (8 MiB)
 TENURE = (2, 8)  # steps for which a worker that has just moved stays where it is
 STAGES = ((30, 6), (70, 1))  # steps of every search, and how many of the leading ones go on
-LAST_STEPS = 1000  # steps of the last search: one for every five workers, but no more than these
+LAST_STEPS = 1250  # steps of the last search: one for every eight workers, but no more than these
 
 
 def polish(problem: Problem, cohorts: Bools, rng: np.random.Generator) -> Bools:
@@ -30,7 +30,7 @@ def polish(problem: Problem, cohorts: Bools, rng: np.random.Generator) -> Bools:
     """
     best = cohorts[problem.best(cohorts)]
     leading = _filled_up(problem, cohorts, rng)
-    for steps, survivors in (*STAGES, (min(cohorts.shape[1] // 5, LAST_STEPS), 1)):
+    for steps, survivors in (*STAGES, (min(cohorts.shape[1] // 8, LAST_STEPS), 1)):
         leading = tabu_search(problem, leading, steps, rng)
         divergence, unused = problem.score(leading)
         leading = leading[np.lexsort((unused, divergence))[:survivors]]

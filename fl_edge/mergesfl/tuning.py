@@ -90,7 +90,9 @@ def tune_dual(cohort: Cohort, batch_sizes: Ints, target: float) -> Ints:
     """
     relaxed = batch_sizes.astype(np.float64)
     gradient = np.abs(kl_gradient(cohort.labels, relaxed, cohort.reference))
-    low = high = float((cohort.cost_s / np.maximum(gradient, 1e-300)).min())  # below this nobody moves
+    if gradient.max() < 1e-12:  # all mixes are alike, or KL is at its least
+        return batch_sizes
+    low = high = float((cohort.cost_s / np.maximum(gradient, 1e-12)).min())  # below this nobody moves
     candidates = [batch_sizes]
     for _ in range(30):  # up, until the target is met
         relaxed = _proximal_gradient(cohort, batch_sizes, relaxed, high)
