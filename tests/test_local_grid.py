@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fl_edge.errors import ConfigError
-from fl_edge.link.local import Fault, LocalGrid, random_faults
+from fl_edge.link import Fault, LocalGrid, random_faults
 
 app = ClientApp()
 

@@ -16,8 +16,8 @@ from fl_edge.checkpoints import load_checkpoint
 from fl_edge.clients.cache import WeightCache
 from fl_edge.clients.mergesfl import MergeSFLClient, Workload
 from fl_edge.errors import ConfigError, TrainingError
+from fl_edge.link import Fault, LocalGrid
 from fl_edge.link.content import config_of, make_content, tensors_of
-from fl_edge.link.local import Fault, LocalGrid
 from fl_edge.mergesfl.observers import Recorder
 from fl_edge.mergesfl.report import RoundReport
 from fl_edge.runs import RunFolder

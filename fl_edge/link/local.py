@@ -2,7 +2,7 @@
 
 :class:`LocalGrid` calls a ClientApp for one node after another, and hands the replies back as Flower would. It is for
 tests, benchmarks and quick trials. Strategies and ClientApps that keep to Flower's public interface work on it
-unchanged; what it adds is determinism, and drop-outs, delays and errors on request (:class:`Fault`).
+unchanged; what it adds is determinism, and drop-outs, delays and errors on request (:mod:`fl_edge.link.faults`).
 
 Time is virtual. A delay is never slept, and the time that a handler really takes does not count against a time-out.
 """
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fl_edge.errors import ConfigError
+from fl_edge.link.faults import Fault, FaultFunction
 from fl_edge.link.packing import FastArray
-from fl_edge.seeding import numpy_rng
 
 # Flower's ErrorCode is not among its public names; these are its values in 1.26 to 1.42.
 CLIENT_APP_RAISED_EXCEPTION = 2
@@ -36,69 +35,6 @@ NODE_LOSS_S = 60.0
 PULL_S = 0.1
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What befalls one message; the default is nothing.
-
-    Parameters
-    ----------
-    drop
-        The node is gone and its ClientApp is not called. After 60 virtual seconds Flower's error 5 (node unavailable)
-        takes the place of the reply; with a shorter time-out, nothing comes.
-    delay_s
-        Virtual seconds until the reply arrives.
-    error
-        The reason of an error reply that takes the place of the ClientApp's.
-
-    Raises
-    ------
-    ConfigError
-        A delay below zero, or one that is not finite.
-    """
-
-    drop: bool = False
-    delay_s: float = 0.0
-    error: str | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.delay_s) and self.delay_s >= 0):
-            raise ConfigError(f"delay_s: {self.delay_s} is not allowed, a finite number, at least 0")
-
-
-FaultFunction = Callable[[Message, int], Fault | None]
-"""Gets the message and the count of messages that its node got before; returns its fault, or None for none."""
-
-
-def random_faults(seed: int, *, drop: float = 0.0, error: float = 0.0, max_delay_s: float = 0.0) -> FaultFunction:
-    """Return faults that strike at random, the same for the same seed, node and count whatever the order of messages.
-
-    Parameters
-    ----------
-    seed
-        The experiment's seed.
-    drop, error
-        Probability that a message finds its node gone, or is answered by an error; together at most 1.
-    max_delay_s
-        Delays are drawn evenly from 0 to this many virtual seconds.
-
-    Raises
-    ------
-    ConfigError
-        A probability or a delay out of range.
-    """
-    if drop < 0 or error < 0 or drop + error > 1:
-        raise ConfigError(f"drop, error: {drop}, {error} are not allowed, at least 0 each and at most 1 together")
-    Fault(delay_s=max_delay_s)
-
-    def strike(message: Message, count: int) -> Fault:
-        fate, delay = numpy_rng(seed, "faults", message.metadata.dst_node_id, count).random(2)
-        if fate < drop:
-            return Fault(drop=True)
-        return Fault(delay_s=float(delay) * max_delay_s, error="fault on request" if fate < drop + error else None)
-
-    return strike
 
 
 @dataclass(frozen=True)
