@@ -68,6 +68,6 @@ def wait_for_nodes(grid: Grid, at_least: int, patience_s: float) -> None:
                 f"{at_least} devices are asked for and {len(now)} connected within {patience_s:.0f} s; start more "
                 f"SuperNodes (in simulation: --federation-config 'num-supernodes={at_least}') or ask for fewer"
             )
-        if before:
+        if before or not now:
             time.sleep(0.2)  # a simulation's nodes are registered one after another
         before = now

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from fl_edge.edge.config import EdgeConfig
 from fl_edge.edge.costs import bottom_transfer_seconds
-from fl_edge.errors import ReplyError, TrainingError
+from fl_edge.errors import ConfigError, ReplyError, TrainingError
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.packing import tensor_bytes
 from fl_edge.mergesfl.batching import bottom_learning_rates
 from fl_edge.mergesfl.bottoms import aggregate
 from fl_edge.mergesfl.config import MergeSFLConfig
+from fl_edge.mergesfl.observers import Lines
 from fl_edge.mergesfl.planning import Plan, make_plan
 from fl_edge.mergesfl.replies import checked_weights
 from fl_edge.mergesfl.report import RoundReport
@@ -57,7 +58,7 @@ class MergeSFL(Strategy):
     seed
         Every draw of server and devices comes from (seed, round, device).
     edge
-        What the server's part costs, and whether time is virtual.
+        What the server's part costs in virtual time; nothing when the devices measure their time.
     min_devices
         Training begins when so many are connected.
     patience_s
@@ -65,14 +66,14 @@ class MergeSFL(Strategy):
     threads
         Threads of torch in the server; equal bits need equal threads.
     observers
-        Called with the report of every round, in order, when the round is complete.
+        Called with the report of every round, in order, when the round is complete. Without any, a line is logged.
 
     Examples
     --------
     In a Flower project of one's own::
 
         strategy = MergeSFL(SplitModel(bottom, top), feature_shape=(64, 4, 4))
-        result = strategy.start(grid, ArrayRecord(strategy.model.state_dict()), num_rounds=100)
+        result = strategy.start(grid, num_rounds=100)
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class MergeSFL(Strategy):
         self.feature_shape = tuple(feature_shape)
         self.config = config or MergeSFLConfig()
         self.seed = seed
-        self.edge = edge or EdgeConfig()
+        # without profiles the devices measure themselves, and the server's own part is in the wall-clock time
+        self.edge = edge or EdgeConfig(clock="real", top_s_per_sample=0.0, count_bottom_transfer=False)
         self.min_devices = min_devices
         self.patience_s = patience_s
         self.threads = threads
@@ -157,15 +159,16 @@ class MergeSFL(Strategy):
         TrainingError
             Too few devices, no device finishing any of three rounds, or a loss that is not finite.
         ConfigError
-            A cohort that cannot be formed.
+            Initial arrays of another model, or a cohort that cannot be formed.
         """
         torch.set_num_threads(self.threads)
         self._timeout = timeout
         if initial_arrays and self.state.server_round == 0:
-            self.model.load_state_dict(initial_arrays.to_torch_state_dict())
+            self._load(initial_arrays)
         self.summary()
         wait_for_nodes(grid, self.min_devices, self.patience_s)
         result, empty = Result(), 0
+        observers = self.observers or [Lines(num_rounds, log.info)]
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             started = time.perf_counter()
             begin = self.configure_train(server_round, ArrayRecord(), train_config or ConfigRecord(), grid)
@@ -187,7 +190,7 @@ class MergeSFL(Strategy):
             )
             if tested is not None:
                 result.evaluate_metrics_serverapp[server_round] = tested
-            for observer in self.observers:
+            for observer in observers:
                 observer(report)
         return result
 
@@ -263,6 +266,15 @@ class MergeSFL(Strategy):
         """Return nothing: no device evaluates."""
 
     # --- inside a round ---
+
+    def _load(self, arrays: ArrayRecord) -> None:
+        try:
+            self.model.load_state_dict(arrays.to_torch_state_dict())
+        except RuntimeError:
+            raise ConfigError(
+                f"initial_arrays do not fit the model; their keys are {', '.join(list(arrays)[:3])}, ..., those of the "
+                f"model are {', '.join(list(self.model.state_dict())[:3])}, ..."
+            ) from None
 
     def _meet_devices(self, grid: Grid, server_round: int) -> None:
         """Learn who is connected. New nodes are asked who they are; with `unselected=probe` all are, every round."""
