@@ -1,0 +1,33 @@
+"""The README's Python code runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_example_of_ones_own_project_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FL_EDGE_CACHE", str(tmp_path))
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)  # the repository's own text
+    metrics = eval(capsys.readouterr().out)  # what the example prints: {round: {"loss": ..., "accuracy": ...}}
+    assert list(metrics) == [1, 2, 3, 4, 5]
+    assert metrics[5]["loss"] < 0.7 * metrics[1]["loss"]
+
+
+def test_settings_named_in_the_readme_are_there() -> None:
+    from fl_edge.config import flatten
+    from simulations.scenario import MergeSFLScenario
+
+    keys = flatten(MergeSFLScenario)
+    named = set(re.findall(r"\b((?:data|model|edge|mergesfl)\.[a-z_0-9]+)\b", README.read_text()))
+    assert len(named) > 10
+    assert named <= set(keys)
