@@ -17,6 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fl_edge.errors import ConfigError
 
+_LARGEST = 2.0**63  # what the libraries below us take as a number; also keeps out infinity
+_KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
+
 T = TypeVar("T")
 V = TypeVar("V", int, float, bool, str)
 
@@ -47,11 +50,10 @@ def allowed(field: dataclasses.Field[Any]) -> str:
     meta = field.metadata
     if meta.get("choices"):
         return "one of " + ", ".join(map(str, meta["choices"]))
-    kinds = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
-    name = field.type if isinstance(field.type, str) else field.type.__name__
+    kind = _KINDS[_type(field)]
     bounds = [f"at least {meta['low']}"] if meta.get("low") is not None else []
     bounds += [f"at most {meta['high']}"] if meta.get("high") is not None else []
-    return ", ".join([kinds.get(name, name), " and ".join(bounds)] if bounds else [kinds.get(name, name)])
+    return ", ".join([kind, " and ".join(bounds)] if bounds else [kind])
 
 
 def check(config: Any, prefix: str = "") -> None:
@@ -66,10 +68,14 @@ def check(config: Any, prefix: str = "") -> None:
             continue
         limits: Mapping[str, Any] = field.metadata
         low, high, choices = limits.get("low"), limits.get("high"), limits.get("choices")
-        # "not (value >= low)" is true for NaN as well, which "value < low" is not
-        outside = (low is not None and not value >= low) or (high is not None and not value <= high)
+        try:
+            # "not (value >= low)" is true for NaN as well, which "value < low" is not
+            outside = (low is not None and not value >= low) or (high is not None and not value <= high)
+            outside = outside or (_type(field) in ("int", "float") and not abs(value) < _LARGEST)
+        except TypeError:  # text where a number should be, in a dataclass that somebody filled by hand
+            outside = True
         if outside or (choices and value not in choices):
-            raise ConfigError(f"{key}={value} is not allowed; it must be {allowed(field)}")
+            raise ConfigError(f"{key}={_shown(value)} is not allowed; it must be {allowed(field)}")
     if reason := config.contradictions() if hasattr(config, "contradictions") else None:
         raise ConfigError(f"{prefix.rstrip('.') or 'configuration'}: {reason}")
 
@@ -106,17 +112,21 @@ def resolve(schema: type[T], source: Path | Mapping[str, Any] | None, overrides:
     keys = flatten(schema)
     base = OmegaConf.structured(schema)
     layer, where = _read(source)
-    _reject_unknown(keys, _dotted(layer), where)
-    _reject_unknown(keys, overrides, "the overrides")
-    for origin, values in ((where, _dotted(layer)), ("the overrides", dict(overrides))):
+    layers = ((where, _dotted(layer, keys)), ("the overrides", dict(overrides)))
+    for origin, values in layers:
+        _reject_unknown(keys, values, origin)
+    for origin, values in layers:
         for key, value in values.items():
             try:
                 OmegaConf.update(base, key, _parsed(value, keys[key]))
-            except OmegaConfBaseException:
+            except (OmegaConfBaseException, ValueError, OverflowError):
                 raise ConfigError(
-                    f"{key}={value} in {origin} is not allowed; it must be {allowed(keys[key])}"
+                    f"{key}={_shown(value)} in {origin} is not allowed; it must be {allowed(keys[key])}"
                 ) from None
-    config = cast("T", OmegaConf.to_object(base))
+    try:
+        config = cast("T", OmegaConf.to_object(base))
+    except OmegaConfBaseException as error:  # ${another.key} that is not there, and OmegaConf's ???
+        raise ConfigError(f"{error.full_key} has no value: {str(error).splitlines()[0]}") from None
     check(config)
     return config
 
@@ -131,36 +141,63 @@ def _read(source: Path | Mapping[str, Any] | None) -> tuple[Mapping[str, Any], s
         return source or {}, "the configuration"
     try:
         loaded = OmegaConf.load(source)
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {source}: {error.strerror}") from None
+    except OSError as error:  # OmegaConf raises it, without a reason, for a file that holds a single number
+        raise ConfigError(
+            f"cannot read the configuration {_shown(source)}: {error.strerror or 'it must hold keys and values'}"
+        ) from None
     except Exception as error:  # yaml raises several unrelated classes
-        raise ConfigError(f"{source} is not YAML: {str(error).splitlines()[0]}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        at = f" (line {mark.line + 1})" if mark else ""
+        raise ConfigError(f"{_shown(source)} is not YAML{at}: {_shown(problem or error)}") from None
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{source} must hold keys and values, not a list")
+        raise ConfigError(f"{_shown(source)} must hold keys and values, not a list")
     return cast("Mapping[str, Any]", OmegaConf.to_container(loaded)), source.name
 
 
-def _dotted(layer: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _dotted(layer: Mapping[Any, Any], keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in layer.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        section = any(known.startswith(f"{key}.") for known in keys)
+        if section and value is None:  # all its keys are commented out
+            continue
+        nested = isinstance(value, Mapping) and key not in keys and (section or value)
+        flat |= _dotted(value, keys, f"{key}.") if nested else {key: value}
     return flat
 
 
-def _reject_unknown(keys: Mapping[str, Any], values: Mapping[str, Any], where: str) -> None:
+def _reject_unknown(keys: Mapping[str, Any], values: Mapping[Any, Any], where: str) -> None:
     import difflib  # noqa: PLC0415 - only needed to word an error
 
     for key in values:
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=3) or sorted(keys)
-            raise ConfigError(f"unknown key {key} in {where}; did you mean {', '.join(near)}?")
+            name = str(key)
+            near = [known for known in keys if known.rpartition(".")[2] == name.rpartition(".")[2]]
+            near = near or difflib.get_close_matches(name, keys, n=3)
+            first = sorted({known.partition(".")[0] + ".*" * ("." in known) for known in keys})
+            hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(first)}"
+            raise ConfigError(f"unknown key {_shown(key)} in {where}; {hint}")
 
 
 def _parsed(value: Any, field: dataclasses.Field[Any]) -> Any:
-    """Keep text as text, refuse to round 2.5 to an integer or to read true as 1."""
-    name = field.type if isinstance(field.type, str) else field.type.__name__
-    if isinstance(value, bool) and name in ("int", "float"):
-        return str(value)  # OmegaConf would take True for 1; as text it is refused
-    if isinstance(value, float) and name == "int":
-        return int(value) if value.is_integer() else str(value)
+    """Refuse, with ValueError, what OmegaConf would bend: true to 1, 2.5 to 2, 2 to true."""
+    kind = _type(field)
+    if isinstance(value, bool) != (kind == "bool") and not (kind == "bool" and isinstance(value, str)):
+        raise ValueError
+    if kind == "bool" and isinstance(value, str) and value.strip().isdigit():
+        raise ValueError
+    if isinstance(value, float) and kind == "int":
+        if not value.is_integer():
+            raise ValueError
+        return int(value)
     return value
+
+
+def _type(field: dataclasses.Field[Any]) -> str:
+    return field.type if isinstance(field.type, str) else field.type.__name__
+
+
+def _shown(value: Any) -> str:
+    """Put a value that may be anything into one line of a message."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
