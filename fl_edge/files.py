@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -25,5 +26,6 @@ def write_whole(file: Path, content: bytes | str) -> None:
             os.fsync(stream.fileno())
         partial.replace(file)
     except OSError as error:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise RunFolderError(f"cannot write {file}: {error.strerror}; what stood there before is unchanged") from None

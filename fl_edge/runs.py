@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,9 +46,9 @@ class RunFolder:
             It exists and is not empty, or cannot be made; then nothing is left behind.
         """
         path = path.expanduser().absolute()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(f"{path} is there already; choose another name, or resume it with resume={path}")
         try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise RunFolderError(f"{path} is there already; choose another name, or resume it with resume={path}")
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"cannot make the run folder {path}: {error.strerror}") from None
@@ -69,7 +70,7 @@ class RunFolder:
         """
         file = path / _ROUNDS
         try:
-            rounds = [json.loads(line) for line in file.read_text().splitlines()][:last_round] if last_round else []
+            rounds = [json.loads(line) for line in file.read_text().splitlines()[:last_round]] if last_round else []
         except (OSError, ValueError) as error:
             raise RunFolderError(f"cannot read {file}: {error}") from None
         if len(rounds) != last_round:
@@ -100,7 +101,7 @@ def saved_config(path: Path) -> Path:
         The path is not a run folder.
     """
     file = path.expanduser().absolute() / _CONFIG
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
         raise RunFolderError(f"{path} is not a run folder: it holds no {_CONFIG}")
     return file
 

@@ -6,6 +6,7 @@ keeps its weights in a file and the file's hash in `Context.state`. What is read
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -24,7 +25,7 @@ _DAYS_KEPT = 7  # what a killed run left behind is removed after so many days
 def default_folder() -> Path:
     """Return the folder of the caches: $FL_EDGE_CACHE, else fl_edge in the user's cache folder."""
     chosen = os.environ.get("FL_EDGE_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fl_edge"
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fl_edge"
 
 
 class WeightCache:
@@ -43,15 +44,23 @@ class WeightCache:
         return self.folder / str(run_id) / f"{node_id}.safetensors"
 
     def save(self, run_id: int, node_id: int, weights: dict[str, Tensor]) -> str:
-        """Write the weights and return their hash."""
+        """Write the weights and return their hash.
+
+        Raises
+        ------
+        ReplyError
+            The disk is full, or the folder cannot be written.
+        """
         data = save({name: tensor.contiguous() for name, tensor in weights.items()})
         file = self._file(run_id, node_id)
+        partial = file.with_suffix(f".{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            partial = file.with_suffix(f".{os.getpid()}")
             partial.write_bytes(data)
             partial.replace(file)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise ReplyError(f"cannot keep weights in {self.folder}: {error.strerror}; set FL_EDGE_CACHE") from None
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 

@@ -33,14 +33,18 @@ def draw(reports: Sequence[RoundReport], classes: Sequence[str]) -> dict[str, by
 def _accuracy(reports: Sequence[RoundReport]) -> bytes:
     virtual = all(report.virtual_s is not None for report in reports)
     times = [report.virtual_s if virtual else report.server_round for report in reports]
-    tested = [report.test_accuracy for report in reports]
-    figure, axis = _figure(1)
-    if None not in tested:
-        axis[0].plot(times, tested, color=_BLUE, marker="o", markersize=3, label="test")
-    axis[0].plot(times, [r.train_accuracy for r in reports], color=_GREY, linewidth=1, label="merged batches")
-    axis[0].set(xlabel="virtual time (s)" if virtual else "round", ylabel="accuracy", ylim=(0, 1), title="Accuracy")
-    axis[0].grid(alpha=0.3)
-    axis[0].legend(loc="lower right")
+    tested = [(time, r.test_accuracy) for time, r in zip(times, reports, strict=True) if r.test_accuracy is not None]
+    figure, (axis,) = _figure(1)
+    if tested:
+        axis.plot(*zip(*tested, strict=True), color=_BLUE, label="test", **_marks(tested))
+    axis.plot(times, [r.train_accuracy for r in reports], color=_GREY, lw=1, label="merged batches", **_marks(reports))
+    if virtual:
+        axis.set_xlabel("virtual time (s)")
+    else:
+        _count_rounds(axis)
+    axis.set(ylabel="accuracy", ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    _head(axis, "Accuracy")
     return _png(figure)
 
 
@@ -52,37 +56,62 @@ def _devices(reports: Sequence[RoundReport]) -> bytes:
     for column, report in enumerate(reports):
         for name, size, second in zip(report.devices, report.batch_sizes, report.iteration_s, strict=True):
             sizes[row[name], column], seconds[row[name], column] = size, second
-    figure, axes = _figure(2, height=max(3.6, 0.22 * len(names) + 1.4))
+    every = 1 + len(names) // 100  # device that gets its name beside its row
+    figure, axes = _figure(2, height=max(3.6, 0.16 * len(names) / every + 1.2))
     extent = (reports[0].server_round - 0.5, reports[-1].server_round + 0.5, len(names) - 0.5, -0.5)
-    for axis, values, title in (
-        (axes[0], sizes, "Batch size (samples)"),
-        (axes[1], seconds, "Iteration time (s)"),
-    ):
+    for axis, values, title in ((axes[0], sizes, "Batch size (samples)"), (axes[1], seconds, "Iteration time (s)")):
         image = axis.imshow(values, aspect="auto", interpolation="nearest", extent=extent, cmap="viridis")
-        axis.set(xlabel="round", title=f"{title}; white: not in the cohort")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_title(f"{title}; white: not in the cohort", loc="left", fontsize=11)
+        axis.set_yticks(range(0, len(names), every), [_short(name) for name in names[::every]], fontsize=7)
+        _count_rounds(axis)
         figure.colorbar(image, ax=axis)
     return _png(figure)
 
 
 def _labels(reports: Sequence[RoundReport], classes: Sequence[str]) -> bytes:
     mixes = np.array([report.label_mix for report in reports])  # (rounds, classes)
-    reference, places = np.array(reports[-1].reference), np.arange(mixes.shape[1])
-    figure, axes = _figure(2)
-    spread = np.abs(np.stack([mixes.min(0), mixes.max(0)]) - mixes.mean(0))
-    axes[0].bar(places, mixes.mean(0), yerr=spread, color=_BLUE, capsize=2, ecolor=_GREY, label="merged batch")
-    axes[0].step(places, reference, where="mid", color=_ORANGE, label="reference")
-    axes[0].set(xlabel="class", ylabel="share", title="Label mix, mean and range over the rounds")
-    if len(classes) == len(places) <= 40:
-        axes[0].set_xticks(places, classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-    axes[0].legend()
-    axes[1].plot([r.server_round for r in reports], [r.kl for r in reports], color=_BLUE, marker="o", markersize=3)
-    axes[1].set(xlabel="round", ylabel="KL divergence", title="Merged label mix against the reference")
-    axes[1].set_ylim(bottom=0)
-    axes[1].xaxis.get_major_locator().set_params(integer=True)
-    axes[1].grid(alpha=0.3)
+    edges = np.arange(mixes.shape[1] + 1) - 0.5
+    figure, (mix, divergence) = _figure(2)
+    spread = {"baseline": mixes.min(0), "fill": True, "color": _BLUE, "alpha": 0.25}
+    mix.stairs(mixes.max(0), edges, label="range", **spread)
+    mix.stairs(mixes.mean(0), edges, baseline=None, color=_BLUE, lw=1.5, label="mean")
+    mix.stairs(np.array(reports[-1].reference), edges, baseline=None, color=_ORANGE, lw=1.5, label="reference")
+    mix.set(xlabel="class", ylabel="share", xlim=(edges[0], edges[-1]))
+    mix.set_ylim(bottom=0)
+    if len(classes) == mixes.shape[1] <= 40:
+        names = [_short(name) for name in classes]
+        upright = max(map(len, names)) > 2
+        mix.set_xticks(range(len(names)), names, rotation=90 if upright else 0, fontsize=7 if upright else 9)
+    _head(mix, "Labels of the merged batches")
+    kl = [report.kl for report in reports]
+    divergence.plot([r.server_round for r in reports], kl, color=_BLUE, **_marks(reports))
+    divergence.set(ylabel="KL divergence", ylim=(0, 1.1 * max(kl) or 1))
+    divergence.grid(alpha=0.3)
+    _count_rounds(divergence)
+    divergence.set_title("Merged label mix against the reference", loc="left", fontsize=11)
     return _png(figure)
+
+
+def _marks(points: Sequence[Any]) -> dict[str, Any]:
+    """Draw a point a round, as long as they can be told apart."""
+    return {"marker": "o", "markersize": 3} if len(points) <= 60 else {}
+
+
+def _count_rounds(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - see _figure
+
+    axis.set_xlabel("round")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _head(axis: Any, title: str) -> None:
+    """Title on the left, legend on its right: above the curves, never over them."""
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2, fontsize=9)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"…{name[-17:]}"
 
 
 def _figure(columns: int, height: float = 3.6) -> tuple[Any, Any]:

@@ -54,14 +54,16 @@ class RoundReport:
 
     def line(self, rounds: int, left_s: float) -> str:
         """Return the round as one line of text; ``left_s`` is the time that the remaining rounds may take."""
-        tested = "" if self.test_accuracy is None else f"acc {self.test_accuracy:.3f}  loss {self.test_loss:.3f}  "
+        tested = "" if self.test_accuracy is None else f"acc {self.test_accuracy:.3f}  "
+        tested += "" if self.test_loss is None else f"loss {self.test_loss:.3f}  "
+        minutes, seconds = divmod(round(left_s), 60)
         clock = "" if self.virtual_s is None else f"virtual {self.virtual_s:8.1f} s  "
         gone = f"  lost {len(self.lost)}" if self.lost else ""
         return (
             f"round {self.server_round:>{len(str(rounds))}}/{rounds}  {tested}KL {self.kl:.4f}  "
             f"cohort {len(self.devices):>2}  batch {min(self.batch_sizes):>2}-{max(self.batch_sizes):<3}  "
             f"waiting {self.waiting_s:6.2f} s  {clock}{_megabytes(self.up_bytes + self.down_bytes)}"
-            f"{gone}  left {left_s // 60:.0f}:{left_s % 60:02.0f}"
+            f"{gone}  left {minutes}:{seconds:02}"
         )
 
 
