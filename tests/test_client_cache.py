@@ -81,11 +81,12 @@ def test_drop_removes_the_node_and_runs_older_than_a_week(tmp_path: Path) -> Non
     cache = WeightCache(tmp_path)
     digests = {run: cache.save(run, 5, WEIGHTS) for run in (1, 2, 3)}
     neighbour = cache.save(1, 6, OTHER)
-    day = 86400
-    for run, days in ((1, 30), (2, 6), (3, 8)):
-        then = time.time() - days * day
-        os.utime(tmp_path / "weights" / str(run), (then, then))
-    cache.drop(1, 5)
+    for _ in range(2):  # again when the node has nothing left: that leaves the folder's time as it is
+        for run, days in ((1, 30), (2, 6), (3, 8)):
+            if (folder := tmp_path / "weights" / str(run)).exists():
+                then = time.time() - days * 86400
+                os.utime(folder, (then, then))
+        cache.drop(1, 5)
     with pytest.raises(ReplyError, match="no longer"):
         cache.load(1, 5, digests[1])
     assert same_bits(cache.load(1, 6, neighbour), OTHER)  # its own run goes on, however old its folder

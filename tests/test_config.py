@@ -85,6 +85,10 @@ def test_an_unknown_key_is_named_with_its_place_and_what_is_near(tmp_path: Path,
     assert refusal(yaml(tmp_path, text), {}).startswith(f"unknown key {key} in given.yaml; {near}")
 
 
+def test_a_misspelt_section_is_named_with_its_key() -> None:
+    assert refusal({"iner": {"rate": 1}}, {}) == "unknown key iner.rate in the configuration; did you mean inner.rate?"
+
+
 @pytest.mark.parametrize("source", [{"unknown": {}}, {"inner": 5}, {"inner": []}, {3: 4}, {"inner": {3: 4}}])
 def test_what_is_no_section_is_not_skipped(source: dict[Any, Any]) -> None:
     assert "unknown key" in refusal(source, {})
