@@ -14,7 +14,9 @@ from fl_edge.mergesfl.distribution import EPS, kl_divergence
 from fl_edge.mergesfl.workers import Bools, Floats, Ints
 
 # Numbers (candidates times classes) that one step of a search scores with the exact divergence.
-EXACT = 2**15
+EXACT = 2**13
+POOL = 1024  # workers among whom the greedy search looks ...
+POOL_STEPS = 8  # ... for so many steps
 
 
 @dataclass(frozen=True)
@@ -142,22 +144,26 @@ def all_workers(problem: Problem) -> Bools:
 def greedy_cohort(problem: Problem) -> Bools:
     """Add the worker that lowers KL most while one fits, and keep the best cohort met on the way, (N,).
 
-    Going on beyond the first rise costs little and often leads lower (ours). With very many workers, only the most
-    promising ones by the quadratic form of :attr:`Problem.deviations` are scored exactly.
+    Going on beyond the first rise costs little and often leads lower. Of very many workers, a pool of those that the
+    quadratic form of :attr:`Problem.deviations` ranks first is drawn up anew every few steps, and the first of the pool
+    are scored exactly (both ours).
     """
     deviations, sizes = problem.deviations, problem.batch_sizes
-    shortlist = max(64, EXACT // deviations.shape[1])
     imbalance, total = np.zeros(deviations.shape[1]), 0
     free = np.ones(len(sizes), dtype=bool)
+    pool = np.arange(len(sizes))
     chosen: list[int] = []
     best, length = (np.inf, np.inf), 0
     while len(chosen) < problem.largest:
-        candidates = np.flatnonzero(free & (sizes <= _room(problem, chosen, total, free)))
+        if len(sizes) > POOL and len(chosen) % POOL_STEPS == 0:
+            pool = _first(problem, np.flatnonzero(free), imbalance, total, POOL)
+        room = _room(problem, chosen, total, free)
+        candidates = pool[free[pool] & (sizes[pool] <= room)]
         if not len(candidates):
-            break
-        if len(candidates) > shortlist:
-            estimate = (problem.squares + 2 * (deviations @ imbalance) + imbalance @ imbalance) / (total + sizes) ** 2
-            candidates = candidates[np.argpartition(estimate[candidates], shortlist)[:shortlist]]
+            candidates = pool = np.flatnonzero(free & (sizes <= room))
+            if not len(candidates):
+                break
+        candidates = _first(problem, candidates, imbalance, total, max(64, EXACT // deviations.shape[1]))
         divergence = problem.divergence(imbalance + deviations[candidates], total + sizes[candidates])
         pick = int(np.argmin(divergence))
         worker = int(candidates[pick])
@@ -170,6 +176,15 @@ def greedy_cohort(problem: Problem) -> Bools:
     cohort = np.zeros(len(sizes), dtype=bool)
     cohort[chosen[:length]] = True
     return cohort
+
+
+def _first(problem: Problem, workers: Ints, imbalance: Floats, total: int, count: int) -> Ints:
+    """Return the workers that would lead to the least imbalance by the quadratic form, ``count`` at most."""
+    if len(workers) <= count:
+        return workers
+    estimate = problem.squares[workers] + 2 * problem.deviations[workers] @ imbalance + imbalance @ imbalance
+    estimate /= (total + problem.batch_sizes[workers]) ** 2
+    return np.asarray(workers[np.argpartition(estimate, count)[:count]])
 
 
 def _room(problem: Problem, chosen: list[int], total: int, free: Bools) -> int:
