@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -44,7 +45,7 @@ def save_checkpoint(folder: Path, server_round: int, weights: Mapping[str, Tenso
     except OSError as error:
         raise RunFolderError(f"cannot make {folder}: {error.strerror}") from None
     file = folder / f"round-{server_round:06d}.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     write_whole(file, save(tensors, metadata={"record": json.dumps(record), "round": str(server_round)}))
     for old in sorted(folder.glob("round-*.safetensors"))[:-_KEPT]:
         old.unlink(missing_ok=True)

@@ -37,21 +37,32 @@ class RunFolder:
         self.rounds = rounds
 
     @classmethod
-    def create(cls, path: Path, config_yaml: str) -> RunFolder:
+    def create(cls, path: Path, config_yaml: str, needs_bytes: int = 0) -> RunFolder:
         """Make the folder of a new run.
+
+        Parameters
+        ----------
+        needs_bytes
+            Room that the disk must have for it.
 
         Raises
         ------
         RunFolderError
-            It exists and is not empty, or cannot be made; then nothing is left behind.
+            It exists and is not empty, cannot be made, or the disk is too full; then nothing is left behind.
         """
         path = path.expanduser().absolute()
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise RunFolderError(f"{path} is there already; choose another name, or resume it with resume={path}")
             path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(path).free
         except OSError as error:
             raise RunFolderError(f"cannot make the run folder {path}: {error.strerror}") from None
+        if free < needs_bytes:
+            path.rmdir()
+            raise RunFolderError(
+                f"the disk of {path} has {free / 1e6:.1f} MB left; a run of this model needs {needs_bytes / 1e6:.1f} MB"
+            )
         try:
             write_whole(path / _CONFIG, config_yaml)
         except RunFolderError:
@@ -60,8 +71,10 @@ class RunFolder:
         return cls(path, [])
 
     @classmethod
-    def reopen(cls, path: Path, last_round: int) -> RunFolder:
+    def reopen(cls, path: Path, last_round: int, config_yaml: str) -> RunFolder:
         """Open the folder of a run that is to go on after `last_round`; what was recorded beyond it is forgotten.
+
+        The configuration is written anew: a resumed run may have more rounds.
 
         Raises
         ------
@@ -75,6 +88,7 @@ class RunFolder:
             raise RunFolderError(f"cannot read {file}: {error}") from None
         if len(rounds) != last_round:
             raise RunFolderError(f"{file} holds {len(rounds)} rounds; the checkpoint is of round {last_round}")
+        write_whole(path / _CONFIG, config_yaml)
         return cls(path, rounds)
 
     @property

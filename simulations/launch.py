@@ -15,11 +15,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
-import yaml
 
 from fl_edge.errors import ConfigError, FlEdgeError
 from simulations.scenario import MergeSFLScenario, read_scenario
@@ -49,11 +47,11 @@ def run(overrides: Sequence[str], environment: Mapping[str, str] | None = None) 
         values["runs"] = str(APP / "runs")
     for key in ("runs", "resume"):  # the SuperLink's working directory is not ours
         if values.get(key):
-            values[key] = str(Path(str(values[key])).expanduser().absolute())
+            values[key] = str(Path(values[key]).expanduser().absolute())
     scenario = read_scenario(values)
     env = {**os.environ, **SWITCHES, **(environment or {})}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"  # flower-superlink is looked up
-    port = int(env.get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39091"))
+    port = _port(env)
     ours = not _superlink_there(port)
     if not ours:
         print(f"a SuperLink is there already on port {port}: it runs this in its own environment, and is left alone")
@@ -64,14 +62,18 @@ def run(overrides: Sequence[str], environment: Mapping[str, str] | None = None) 
             stop_superlink(port)
 
 
-def parse(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `key=value` texts into values, read as YAML reads them."""
+def parse(overrides: Sequence[str]) -> dict[str, str]:
+    """Turn `key=value` texts into a mapping; values stay text, which the configuration reads by the field's type."""
     values = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
+        if not equals or not key.strip():
             raise ConfigError(f"{override} is not an override; it must be key=value, for example rounds=5")
-        values[key.strip()] = yaml.safe_load(text) if text else ""
+        if '"' in text or not text.isprintable():
+            raise ConfigError(
+                f"{key}={text!r} cannot be passed on; a value must be printable and without double quotes"
+            )
+        values[key.strip()] = text.strip()
     return values
 
 
@@ -95,7 +97,7 @@ def superlink_family(port: int) -> list[psutil.Process]:
     return []
 
 
-def _flwr_run(values: Mapping[str, Any], scenario: MergeSFLScenario, env: Mapping[str, str]) -> str:
+def _flwr_run(values: Mapping[str, str], scenario: MergeSFLScenario, env: Mapping[str, str]) -> str:
     """Submit the run, show its output, and return its final status."""
     config = " ".join(f"{key}={_toml(value)}" for key, value in values.items())
     federation = f"num-supernodes={scenario.devices} client-resources-num-cpus=1"
@@ -137,8 +139,16 @@ def _status(flwr: str, run_id: str, env: Mapping[str, str]) -> str:
     return status
 
 
-def _toml(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, str | bool | int | float) else json.dumps(str(value))
+def _toml(text: str) -> str:
+    """Write a value for `--run-config`: numbers and truth values as they are, all else in quotes."""
+    return text if re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?|true|false", text) else f'"{text}"'
+
+
+def _port(env: Mapping[str, str]) -> int:
+    text = env.get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39091")
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise ConfigError(f"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT={text} is not a port; it must be from 1 to 65535")
+    return int(text)
 
 
 def _superlink_there(port: int) -> bool:

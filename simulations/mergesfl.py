@@ -19,7 +19,9 @@ import fl_edge
 from fl_edge.checkpoints import Checkpoint, load_checkpoint
 from fl_edge.config import to_yaml
 from fl_edge.data.images import load_test
+from fl_edge.errors import ConfigError
 from fl_edge.files import write_whole
+from fl_edge.link.packing import tensor_bytes
 from fl_edge.mergesfl.observers import Lines, Recorder, TensorBoard
 from fl_edge.mergesfl.pictures import draw
 from fl_edge.mergesfl.report import RoundReport, summarise
@@ -30,6 +32,8 @@ from fl_edge.runs import RunFolder, versions
 from fl_edge.strategies.mergesfl import MergeSFL
 from simulations.scenario import MergeSFLScenario
 
+_CHECKPOINTS = 3  # that are on disk together: two kept, one being written
+_OTHER_BYTES = 1_000_000  # events, records and pictures of a short run
 _PACKAGES = ("fl-edge", "flwr", "torch", "numpy", "scikit-learn", "flwr-datasets", "datasets")
 
 
@@ -77,12 +81,15 @@ def _open(scenario: MergeSFLScenario, strategy: MergeSFL) -> RunFolder:
     """Open the run folder, and restore the strategy when the run is resumed."""
     if not scenario.resume:
         name = scenario.name or f"{scenario.simulation}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return RunFolder.create(Path(scenario.runs) / name, to_yaml(replace(scenario, resume="")))
+        if Path(name).name != name or name == "..":
+            raise ConfigError(f"name={name} is not allowed; it must be the name of one folder below {scenario.runs}")
+        needs = _CHECKPOINTS * tensor_bytes(strategy.model.state_dict()) + _OTHER_BYTES
+        return RunFolder.create(Path(scenario.runs) / name, to_yaml(scenario), needs)
     path = Path(scenario.resume).expanduser().absolute()
     checkpoint = load_checkpoint(path / "checkpoints") or Checkpoint(0, {}, {})
     if checkpoint.server_round:
         strategy.restore(checkpoint.weights, checkpoint.record)
-    return RunFolder.reopen(path, checkpoint.server_round)
+    return RunFolder.reopen(path, checkpoint.server_round, to_yaml(replace(scenario, resume="")))
 
 
 def _close(folder: RunFolder, scenario: MergeSFLScenario, classes: list[str]) -> None:

@@ -74,15 +74,13 @@ def read_scenario(run_config: Mapping[str, Any], *, on_device: bool = False) -> 
     name = str(overrides.get("simulation", SIMULATIONS[0]))
     if name not in SIMULATIONS:
         raise ConfigError(f"simulation={name} is not there; it must be one of {', '.join(SIMULATIONS)}")
-    resume = Path(str(overrides.pop("resume", ""))).expanduser()
-    if resume == Path() or (on_device and not resume.is_dir()):
+    resume = overrides.pop("resume", None)
+    folder = Path(str(resume)).expanduser()
+    if resume is None or (on_device and not folder.is_dir()):
         scenario = resolve(MergeSFLScenario, Path(__file__).parent / f"{name}.yaml", overrides)
     else:
-        scenario = _resumed(resume, overrides)
-    if scenario.variant == "released":
-        scenario = replace(scenario, mergesfl=released(scenario.mergesfl))
-        check(scenario)
-    return scenario
+        scenario = _resumed(folder, overrides)
+    return _as_released(scenario, overrides) if scenario.variant == "released" else scenario
 
 
 def _resumed(folder: Path, overrides: Mapping[str, Any]) -> MergeSFLScenario:
@@ -95,3 +93,13 @@ def _resumed(folder: Path, overrides: Mapping[str, Any]) -> MergeSFLScenario:
                 f"{key}={now} cannot change when a run is resumed, it was {before}; {', '.join(_MAY_CHANGE[1:])} can"
             )
     return scenario
+
+
+def _as_released(scenario: MergeSFLScenario, overrides: Mapping[str, Any]) -> MergeSFLScenario:
+    variant = replace(scenario, mergesfl=released(scenario.mergesfl))
+    for key in overrides:
+        asked, has = (attrgetter(key)(each) for each in (scenario, variant))
+        if asked != has:
+            raise ConfigError(f"{key}={asked} contradicts variant=released, which has {has}; leave one of them out")
+    check(variant)
+    return variant

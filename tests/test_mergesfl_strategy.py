@@ -167,8 +167,16 @@ def test_two_nodes_of_one_name_do_not_both_train(tmp_path: Path) -> None:
 
 
 def test_diverging_training_ends_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"not all finite|smaller learning_rate"):
-        train(tmp_path, rounds=40, learning_rate=1e38, selection="all")
+    def explode(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["features"].fill_(3e38)  # finite, but no sum of two of them is
+
+    with pytest.raises(TrainingError, match=r"round 1, iteration 1: the loss is (nan|inf).*smaller learning_rate"):
+        run(tampered(make_app(tmp_path), "train.mergesfl_step", explode))
+
+
+def test_settings_out_of_range_are_refused_by_the_strategy_itself() -> None:
+    with pytest.raises(ConfigError, match="tau=0 is not allowed"):
+        make_strategy(tau=0)
 
 
 def test_weights_that_left_the_cache_cost_one_round(tmp_path: Path) -> None:
@@ -198,7 +206,7 @@ def test_resume_ends_with_the_bits_of_an_uninterrupted_run(tmp_path: Path, setti
     assert kept is not None
     second = make_strategy(**settings)
     second.restore(kept.weights, kept.record)
-    reopened = RunFolder.reopen(tmp_path / "run", kept.server_round)
+    reopened = RunFolder.reopen(tmp_path / "run", kept.server_round, "seed: 3\n")
     second.observers.append(Recorder(reopened, second.snapshot))
     second.start(LocalGrid(make_app(tmp_path / "cache"), 4, run_id=77), num_rounds=5)
 

@@ -225,23 +225,23 @@ def test_reopening_forgets_what_lies_beyond_the_checkpoint(tmp_path: Path) -> No
     file = folder.path / "rounds.jsonl"
     with file.open("a") as stream:
         stream.write("{damaged, and beyond the checkpoint\n")
-    reopened = RunFolder.reopen(folder.path, 2)
+    reopened = RunFolder.reopen(folder.path, 2, "seed: 3\n")
     reopened.add_round({"server_round": 3, "from": "second"})
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["server_round"], line["from"]) for line in lines] == [(1, "first"), (2, "first"), (3, "second")]
-    assert RunFolder.reopen(folder.path, 0).rounds == []
+    assert RunFolder.reopen(folder.path, 0, "seed: 3\n").rounds == []
 
 
 def test_reopening_refuses_rounds_that_are_missing_or_damaged(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", "seed: 1\n")
     with pytest.raises(RunFolderError, match=r"^cannot read .*rounds\.jsonl"):
-        RunFolder.reopen(folder.path, 1)
+        RunFolder.reopen(folder.path, 1, "seed: 3\n")
     folder.add_round({"server_round": 1})
     with pytest.raises(RunFolderError, match="holds 1 rounds; the checkpoint is of round 2"):
-        RunFolder.reopen(folder.path, 2)
+        RunFolder.reopen(folder.path, 2, "seed: 3\n")
     (folder.path / "rounds.jsonl").write_text("{damaged\n")
     with pytest.raises(RunFolderError, match=r"^cannot read .*rounds\.jsonl"):
-        RunFolder.reopen(folder.path, 1)
+        RunFolder.reopen(folder.path, 1, "seed: 3\n")
 
 
 def test_a_checkpoint_never_knows_a_round_that_the_records_do_not(
@@ -256,7 +256,15 @@ def test_a_checkpoint_never_knows_a_round_that_the_records_do_not(
     kept = load_checkpoint(folder.checkpoints)
     assert kept is not None
     assert kept.server_round == 1
-    assert RunFolder.reopen(folder.path, 1).rounds == [report(1).to_record()]
+    monkeypatch.undo()
+    assert RunFolder.reopen(folder.path, 1, "seed: 3\n").rounds == [report(1).to_record()]
+    assert (folder.path / "config.yaml").read_text() == "seed: 3\n"  # a resumed run may have more rounds
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"has \d+\.\d MB left; a run of this model needs 1000000000000\.0 MB"):
+        RunFolder.create(tmp_path / "run", "seed: 1\n", needs_bytes=10**18)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_result_and_versions_are_plain_json(tmp_path: Path) -> None:

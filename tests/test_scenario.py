@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.common.config import parse_config_args
 
 from fl_edge.config import flatten, to_yaml
 from fl_edge.errors import ConfigError, RunFolderError
@@ -65,7 +66,7 @@ def test_the_released_variant_has_the_settings_of_the_released_code() -> None:
 
 
 def test_more_workers_than_devices_are_refused_before_the_run() -> None:
-    with pytest.raises(ConfigError, match=r"mergesfl\.min_workers=5 asks for more than the 3 devices"):
+    with pytest.raises(ConfigError, match=r"mergesfl\.min_workers=14 asks for more than the 3 devices"):
         read_scenario({"devices": 3})
 
 
@@ -141,16 +142,38 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", started)
 
 
-def test_overrides_are_read_as_yaml_reads_them() -> None:
+def test_overrides_stay_text_until_the_field_says_what_they_are() -> None:
     given = ["rounds=5", "mergesfl.learning_rate=0.5", "mergesfl.fill=false", "name=a=b", "resume=", " seed =7"]
     assert launch.parse(given) == {
-        "rounds": 5,
-        "mergesfl.learning_rate": 0.5,
-        "mergesfl.fill": False,
+        "rounds": "5",
+        "mergesfl.learning_rate": "0.5",
+        "mergesfl.fill": "false",
         "name": "a=b",
         "resume": "",
-        "seed": 7,
+        "seed": "7",
     }
+    scenario = read_scenario(launch.parse(given))
+    assert (scenario.rounds, scenario.mergesfl.learning_rate, scenario.mergesfl.fill) == (5, 0.5, False)
+
+
+@pytest.mark.parametrize("name", ["007", "1:30", "[a", "@x", "*a", "on", "1e3"])
+def test_a_name_is_passed_on_as_it_was_written(name: str) -> None:
+    values = launch.parse([f"name={name}"])
+    assert read_scenario(values).name == name
+    passed = parse_config_args([f"name={launch._toml(values['name'])}"])  # as Flower reads its --run-config
+    assert str(passed["name"]) == name
+
+
+def test_released_contradicted_by_a_setting_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"mergesfl\.selection=greedy contradicts variant=released, which has random"):
+        read_scenario({"variant": "released", "mergesfl.selection": "greedy"})
+
+
+def test_a_port_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for port in ("abc", "99999", "0"):
+        monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", port)
+        with pytest.raises(ConfigError, match=f"HTTP_API_PORT={port} is not a port"):
+            launch.run([])
 
 
 @pytest.mark.parametrize(
@@ -162,8 +185,8 @@ def test_overrides_are_read_as_yaml_reads_them() -> None:
         ("runds=5", "unknown key runds in the overrides; did you mean rounds, runs?"),
         ("rounds=0", "rounds=0 is not allowed; it must be an integer, at least 1"),
         ("rounds=many", "rounds=many in the overrides is not allowed"),
-        ("mergesfl.tuning=null", "mergesfl.tuning=None in the overrides is not allowed; it must be one of greedy"),
-        ("devices=2", "configuration: mergesfl.min_workers=5 asks for more than the 2 devices"),
+        ("mergesfl.tuning=null", "mergesfl.tuning=null is not allowed; it must be one of greedy"),
+        ("devices=2", "configuration: mergesfl.min_workers=14 asks for more than the 2 devices"),
         ("simulation=other", "simulation=other is not there"),
     ],
 )
@@ -222,3 +245,12 @@ def test_a_port_held_by_something_else_is_one_line_and_left_alone(
     monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", str(foreign_port))
     with pytest.raises(ConfigError, match=f"^port {foreign_port} is in use by something that is not a SuperLink"):
         launch.run([])
+
+
+def test_a_run_folder_stays_below_the_folder_of_the_runs(tmp_path: Path) -> None:
+    from simulations.mergesfl import run_mergesfl
+
+    for name in ("../outside", str(tmp_path / "elsewhere"), ".."):
+        with pytest.raises(ConfigError, match="must be the name of one folder below"):
+            run_mergesfl(None, read_scenario({"runs": str(tmp_path / "runs"), "name": name}))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []

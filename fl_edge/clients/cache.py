@@ -13,6 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -51,7 +52,7 @@ class WeightCache:
         ReplyError
             The disk is full, or the folder cannot be written.
         """
-        data = save({name: tensor.contiguous() for name, tensor in weights.items()})
+        data = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()})
         file = self._file(run_id, node_id)
         partial = file.with_suffix(f".{os.getpid()}")
         try:

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from fl_edge.config import check
 from fl_edge.edge.config import EdgeConfig
 from fl_edge.edge.costs import bottom_transfer_seconds
 from fl_edge.errors import ConfigError, ReplyError, TrainingError
@@ -92,6 +93,7 @@ class MergeSFL(Strategy):
         self.model = model
         self.feature_shape = tuple(feature_shape)
         self.config = config or MergeSFLConfig()
+        check(self.config)
         self.seed = seed
         # without profiles the devices measure themselves, and the server's own part is in the wall-clock time
         self.edge = edge or EdgeConfig(clock="real", top_s_per_sample=0.0, count_bottom_transfer=False)
