@@ -132,7 +132,7 @@ def measure(case: str, seed: int, quick: bool) -> Mapping[str, Any]:  # noqa: AR
 
 def prepare(seeds: Sequence[int], quick: bool) -> None:  # noqa: ARG001
     """Plan once, so that no measurement pays for first calls."""
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     threadpool_limits(1)
     for setting in SETTINGS[:3]:
@@ -156,7 +156,7 @@ def targets(results: Results) -> list[Target]:
 
 
 def ratios(results: Results, setting: Setting, peer: str) -> tuple[float | None, float | None]:
-    """Return geometric mean and maximum over seeds of KL of ours / KL of a peer; a difference of 1e-6 counts as none."""
+    """Return geometric mean and maximum over seeds of KL of ours / KL of a peer; 1e-6 off counts as equal."""
     known = {
         solver: {record["seed"]: record["values"]["log_kl"] for record in results.raw if record["case"] == case}
         for solver in (OURS, peer)

@@ -56,8 +56,8 @@ def _descend(problem: Problem, weighted: Floats, cohort: Bools, rng: np.random.G
             pairs, failures = rng.integers(every, size=_AT_ONCE // classes), failures + 1
         leaving, joining = inside[pairs // len(outside)], outside[pairs % len(outside)]
         totals = total - sizes[leaving] + sizes[joining]
-        fits = totals <= problem.budget
-        leaving, joining, totals = leaving[fits], joining[fits], totals[fits]
+        light = totals <= problem.budget
+        leaving, joining, totals = leaving[light], joining[light], totals[light]
         scores = kl_divergence((mix - weighted[leaving] + weighted[joining]) / totals[:, None], problem.reference)
         if len(scores) and scores.min() < current - 1e-15:
             pick = int(np.argmin(scores))

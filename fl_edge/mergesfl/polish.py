@@ -104,7 +104,8 @@ def tabu_search(problem: Problem, cohorts: Bools, steps: int, rng: np.random.Gen
 def _candidates(costs: Floats, most: int, rng: np.random.Generator) -> Ints:
     """Return workers that may move, by search, nobody last, (P, k).
 
-    Of more than ``most`` workers, half are those of the least cost on their own, half are drawn.
+    Of more than ``most`` workers, seven eighths are those of the least cost on their own, the rest are drawn: near the
+    optimum, small changes are what helps, and those of least cost make the smallest ones.
     """
     possible = np.isfinite(costs[:, :-1])
     width = int(possible.sum(axis=1).max())
@@ -112,8 +113,8 @@ def _candidates(costs: Floats, most: int, rng: np.random.Generator) -> Ints:
         workers = np.argsort(~possible, axis=1, kind="stable")[:, :width]
     else:
         drawn = np.where(possible, rng.random(possible.shape), np.inf)
-        half = most // 2
-        workers = np.hstack([np.argpartition(keys, half, axis=1)[:, :half] for keys in (costs[:, :-1], drawn)])
+        parts = ((costs[:, :-1], most - most // 8), (drawn, most // 8))
+        workers = np.hstack([np.argpartition(keys, count, axis=1)[:, :count] for keys, count in parts])
     return np.column_stack([workers, np.full(len(workers), possible.shape[1])])
 
 
