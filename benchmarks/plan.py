@@ -179,6 +179,7 @@ def figure(results: Results, path: Path) -> None:
             case = f"{solver}: {setting.name}"
             axes.loglog(results.values(case, "seconds"), results.values(case, "kl"), "o", color=color, label=solver)
         axes.set_title(setting.name, fontsize=10)
+        axes.set_xlim(0.02, 20)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=8)
     drawing.supxlabel("real seconds")
