@@ -132,7 +132,7 @@ def measure(case: str, seed: int, quick: bool) -> Mapping[str, Any]:  # noqa: AR
 
 def prepare(seeds: Sequence[int], quick: bool) -> None:  # noqa: ARG001
     """Plan once, so that no measurement pays for first calls."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
     for setting in SETTINGS[:3]:
