@@ -102,12 +102,19 @@ def load_device(config: DataConfig, seed: int, device: int, num_devices: int) ->
 @functools.lru_cache(maxsize=256)
 def _device(config: DataConfig, seed: int, device: int, num_devices: int) -> ImageSet:
     train, _ = open_splits(config, seed)
-    return train.read(config, _partition(config, seed, num_devices)[device])
+    partition = _partition(config, seed, num_devices)
+    if isinstance(partition, DataError):
+        raise DataError(str(partition))
+    return train.read(config, partition[device])
 
 
 @functools.lru_cache(maxsize=4)
-def _partition(config: DataConfig, seed: int, num_devices: int) -> list[Ints]:
-    return device_indices(open_splits(config, seed)[0].labels, num_devices, config, seed)
+def _partition(config: DataConfig, seed: int, num_devices: int) -> list[Ints] | DataError:
+    """Return the partition, or why there is none: one that cannot be takes seconds, and every device asks for it."""
+    try:
+        return device_indices(open_splits(config, seed)[0].labels, num_devices, config, seed)
+    except DataError as error:
+        return error
 
 
 def _split(labels: Ints, num_devices: int, config: DataConfig, seed: int, draw: int, least: int) -> list[Ints] | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,17 +23,13 @@ class Lines:
     def __init__(self, rounds: int, write: Callable[[str], None]) -> None:
         self.rounds = rounds
         self._write = write
-        self._started: float | None = None
-        self._seen = 0
+        self._real_s: list[float] = []
 
     def __call__(self, report: RoundReport) -> None:
         """Write the line of a round."""
-        now = time.perf_counter()
-        if self._started is None:
-            self._started = now - report.real_s
-        self._seen += 1
-        left_s = (now - self._started) / self._seen * (self.rounds - report.server_round)
-        self._write(report.line(self.rounds, left_s))
+        self._real_s.append(report.real_s)
+        usual_s = fmean(self._real_s[1:] or self._real_s)  # the first round waits for processes to start
+        self._write(report.line(self.rounds, usual_s * (self.rounds - report.server_round)))
 
 
 class Recorder:

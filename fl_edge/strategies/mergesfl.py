@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from fl_edge.config import check
@@ -206,7 +207,8 @@ class MergeSFL(Strategy):
         """Plan the round and return the messages that begin it, one to each device of the cohort."""
         self._meet_devices(grid, server_round)
         names = sorted(self._nodes, key=lambda name: (len(name), name))
-        self._plan = make_plan(self.state.workers(names), self.config, numpy_rng(self.seed, "plan", server_round))
+        with threadpool_limits(self.threads):  # more threads add up in another order, and may choose other devices
+            self._plan = make_plan(self.state.workers(names), self.config, numpy_rng(self.seed, "plan", server_round))
         sizes = self._plan.batch_sizes
         rates = bottom_learning_rates(
             self.config.learning_rate_at(server_round), sizes, self.config.batch_size, self.config.scale
