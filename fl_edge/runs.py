@@ -101,6 +101,11 @@ class RunFolder:
         self.rounds.append(dict(record))
         write_whole(self.path / _ROUNDS, "".join(json.dumps(one) + "\n" for one in self.rounds))
 
+    def discard_if_empty(self) -> None:
+        """Remove the folder of a run that ended before its first round did: there is nothing in it to keep."""
+        if not self.rounds:
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json."""
         write_whole(self.path / _RESULT, json.dumps(result, indent=2) + "\n")

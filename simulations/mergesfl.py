@@ -63,6 +63,7 @@ def run_mergesfl(grid: Grid, scenario: MergeSFLScenario) -> MergeSFL:
     first = strategy.state.server_round + 1
     _say(f"run folder {folder.path}" + (f", resumed after round {first - 1}" if first > 1 else ""))
     with ExitStack() as stack:
+        stack.callback(folder.discard_if_empty)
         board = stack.enter_context(TensorBoard(folder.path, first))
         strategy.observers += [Lines(scenario.rounds, _say), Recorder(folder, strategy.snapshot), board]
 

@@ -16,10 +16,13 @@ import pytest
 from flwr.common.config import parse_config_args
 
 from fl_edge.config import flatten, to_yaml
-from fl_edge.errors import ConfigError, RunFolderError
+from fl_edge.errors import ConfigError, RunFolderError, TrainingError
+from fl_edge.link import LocalGrid
 from fl_edge.mergesfl.config import MergeSFLConfig, released
 from fl_edge.runs import RunFolder
 from simulations import launch
+from simulations.client_app import app
+from simulations.mergesfl import run_mergesfl
 from simulations.scenario import MergeSFLScenario, read_scenario
 
 ROOT = Path(__file__).parent.parent
@@ -247,9 +250,14 @@ def test_a_port_held_by_something_else_is_one_line_and_left_alone(
         launch.run([])
 
 
-def test_a_run_folder_stays_below_the_folder_of_the_runs(tmp_path: Path) -> None:
-    from simulations.mergesfl import run_mergesfl
+def test_a_run_that_fails_before_its_first_round_leaves_nothing_behind(tmp_path: Path) -> None:
+    config = {"runs": str(tmp_path / "runs"), "devices": 200, "mergesfl.min_workers": 5, "rounds": 2}
+    with pytest.raises(TrainingError, match=r"no device can take part: device \d+ of 200 would hold 0 of 1437 samples"):
+        run_mergesfl(LocalGrid(app, 200, run_config=config), read_scenario(config))
+    assert list((tmp_path / "runs").iterdir()) == []
 
+
+def test_a_run_folder_stays_below_the_folder_of_the_runs(tmp_path: Path) -> None:
     for name in ("../outside", str(tmp_path / "elsewhere"), ".."):
         with pytest.raises(ConfigError, match="must be the name of one folder below"):
             run_mergesfl(None, read_scenario({"runs": str(tmp_path / "runs"), "name": name}))  # type: ignore[arg-type]
