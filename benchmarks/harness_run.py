@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def run_benchmark(
     int
         0 when all was measured, whether targets hold or not; 1 when a measurement failed.
     """
-    console = console or Console()
+    # a pipe or a file has no width: rich would take 80 columns, too few for a table of intervals
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
     chosen = list(dict.fromkeys(seeds or (benchmark.quick_seeds if quick else benchmark.seeds)))
     missing = {case.name: absent for case in benchmark.cases if (absent := _absent(case.needs))}
     plan = [
