@@ -96,6 +96,19 @@ def test_abort_makes_no_top_update_in_the_iteration_that_lost_a_worker(tmp_path:
     assert dropped[0].train_loss != aborted[0].train_loss
 
 
+@pytest.mark.parametrize(("lost", "aborted"), [("drop", 0), ("abort", 1)])
+def test_a_device_that_falls_silent_counts_as_lost_in_that_iteration(tmp_path: Path, lost: str, aborted: int) -> None:
+    def faults(message: Message, received: int) -> Fault | None:  # the first step, which the third node does not answer
+        return Fault(drop=True) if message.metadata.dst_node_id == 3 and received == 2 else None
+
+    strategy = make_strategy(selection="all", lost=lost)
+    reports: list[RoundReport] = []
+    strategy.observers.append(reports.append)
+    strategy.start(LocalGrid(make_app(tmp_path), 4, faults=faults), num_rounds=1)
+    assert [(each.device, each.step) for each in reports[0].lost] == [("device-2", 1)]
+    assert reports[0].aborted == aborted
+
+
 def test_a_poisoned_bottom_is_not_averaged(tmp_path: Path) -> None:
     def ruin(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         for weight in tensors.values():
@@ -213,6 +226,16 @@ def test_resume_ends_with_the_bits_of_an_uninterrupted_run(tmp_path: Path, setti
     assert same_bits(whole.model.state_dict(), second.model.state_dict())
     assert whole.snapshot()[1] == second.snapshot()[1]
     assert [record["server_round"] for record in reopened.rounds] == [1, 2, 3, 4, 5]
+
+
+def test_impossible_costs_at_the_end_of_a_round_leave_a_bottom_out_of_the_mean(tmp_path: Path) -> None:
+    def lie(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config["compute_s"] = float("nan")
+
+    strategy, reports = run(tampered(make_app(tmp_path), "train.mergesfl_end", lie))
+    assert len(reports) == 2
+    assert strategy.state.devices["device-0"].participation == 0
+    assert strategy.state.devices["device-1"].participation == 2
 
 
 @pytest.mark.parametrize("cost", [float("nan"), -1.0, float("inf")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fl_edge.link.packing import pack, unpack
@@ -13,11 +13,19 @@ from fl_edge.link.packing import pack, unpack
 CONFIG, ARRAYS, PACKED = "config", "arrays", "packed"
 
 
-def make_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> RecordDict:
-    """Build a message's content from plain values (numbers, text, or lists of one kind) and named tensors."""
+def make_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor] | Array | None = None) -> RecordDict:
+    """Build a message's content.
+
+    Parameters
+    ----------
+    config
+        Plain values: numbers, text, or lists of one kind.
+    tensors
+        Named tensors, or an array in which they are packed already, for several messages to share.
+    """
     content = RecordDict({CONFIG: ConfigRecord(dict(config))})
     if tensors is not None:
-        content[ARRAYS] = ArrayRecord({PACKED: pack(tensors)})
+        content[ARRAYS] = ArrayRecord({PACKED: tensors if isinstance(tensors, Array) else pack(tensors)})
     return content
 
 

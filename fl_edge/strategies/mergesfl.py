@@ -23,7 +23,7 @@ from fl_edge.edge.config import EdgeConfig
 from fl_edge.edge.costs import bottom_transfer_seconds
 from fl_edge.errors import ConfigError, ReplyError, TrainingError
 from fl_edge.link.content import config_of, make_content, tensors_of
-from fl_edge.link.packing import tensor_bytes
+from fl_edge.link.packing import pack, tensor_bytes
 from fl_edge.mergesfl.batching import bottom_learning_rates
 from fl_edge.mergesfl.bottoms import aggregate
 from fl_edge.mergesfl.config import MergeSFLConfig
@@ -214,12 +214,13 @@ class MergeSFL(Strategy):
             self.config.learning_rate_at(server_round), sizes, self.config.batch_size, self.config.scale
         )
         self._members, messages = [], []
+        bottom = pack(self.model.bottom.state_dict())  # once: all messages share its bytes
         for index, size, rate in zip(self._plan.workers, sizes, rates, strict=True):
             device = names[index]
             known = self.state.devices[device]
             member = Member(device, self._nodes[device], int(size), known.compute_s, known.transfer_s)
             order = {"round": server_round, "seed": self.seed, "batch_size": int(size), "learning_rate": float(rate)}
-            content = make_content(order, self.model.bottom.state_dict())
+            content = make_content(order, bottom)
             messages.append(Message(content, member.node, "train.mergesfl_begin", group_id=str(server_round)))
             self._members.append(member)
         return messages
@@ -241,14 +242,13 @@ class MergeSFL(Strategy):
                 continue
             reply = by_node[member.node]
             try:
-                states.append(checked_weights(tensors_of(reply), self.model.bottom.state_dict()))
-                config = config_of(reply)
-                self.state.observe(
-                    member.device, float(config["compute_s"]), float(config["transfer_s"]), self.config.smoothing
-                )
-            except (ReplyError, KeyError, ValueError) as error:
+                state, config = checked_weights(tensors_of(reply), self.model.bottom.state_dict()), config_of(reply)
+                compute_s, transfer_s = float(config["compute_s"]), float(config["transfer_s"])
+                self.state.observe(member.device, compute_s, transfer_s, self.config.smoothing)
+            except (ReplyError, KeyError, TypeError, ValueError) as error:
                 log.warning("round %d: the bottom of %s is not used: %s", server_round, member.device, error)
                 continue
+            states.append(state)
             weights.append(float(member.batch_size) if self.config.aggregation == "batch" else 1.0)
             self.state.devices[member.device].participation += 1
         if not states:
@@ -298,7 +298,7 @@ class MergeSFL(Strategy):
                 if node in answers.refusals:
                     raise ReplyError(answers.refusals[node])
                 self._meet(node, config_of(answers.replies[node]))
-            except (ReplyError, KeyError, ValueError) as error:
+            except (ReplyError, KeyError, TypeError, ValueError) as error:
                 reasons.setdefault(str(error), []).append(node)
         for reason, affected in reasons.items():
             if reason not in self._complaints:

@@ -80,13 +80,13 @@ class SplitRound:
 
     def run(self, begin: Sequence[Message]) -> dict[str, Message]:
         """Carry out all iterations and return the replies that hold the bottoms, by device."""
-        answers = self._ask(begin, 0)
+        answers, lost_before = self._ask(begin, 0), 0
         for step in range(self.config.tau):
-            lost_before = len(self.lost)
             batches = self._collect(answers, step)
             if not self.members:
                 return {}
             kept = self.config.lost == "drop" or len(self.lost) == lost_before
+            lost_before = len(self.lost)
             gradients: Sequence[Tensor | None] = self._update(batches, step) if kept else [None] * len(self.members)
             self.aborted += not kept
             last = step == self.config.tau - 1
