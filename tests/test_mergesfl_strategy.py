@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,17 +22,19 @@ from fl_edge.mergesfl.observers import Recorder
 from fl_edge.mergesfl.report import RoundReport
 from fl_edge.runs import RunFolder
 from fl_edge.strategies.mergesfl import MergeSFL
-from tests.tiny import make_app, make_model, make_strategy, same_bits, train, workload
+from tests.tiny import FEATURES, make_app, make_model, make_strategy, same_bits, train, workload
 
 Handler = Callable[[Message, Context], Message]
 
 
-def tampered(app: ClientApp, action: str, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Handler:
-    """A ClientApp whose first node changes what it answers to one kind of message."""
+def tampered(
+    app: Handler, action: str, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None], node: int = 0
+) -> Handler:
+    """A ClientApp of which one node changes what it answers to one kind of message."""
 
     def call(message: Message, context: Context) -> Message:
         reply = app(message, context)
-        if message.metadata.message_type != action or int(context.node_config["partition-id"]) != 0:
+        if message.metadata.message_type != action or int(context.node_config["partition-id"]) != node:
             return reply
         config, tensors = config_of(reply), tensors_of(reply)
         change(config, tensors)
@@ -245,6 +247,58 @@ def test_impossible_costs_keep_a_device_out(tmp_path: Path, cost: float) -> None
 
     _, reports = run(tampered(make_app(tmp_path), "query.mergesfl_describe", lie), rounds=1)
     assert reports[0].devices == ["device-1", "device-2", "device-3"]
+
+
+def test_clock_waiting_and_estimates_follow_the_formulas(tmp_path: Path) -> None:
+    """Costs are workload()'s: mu_i = (i + 1) ms, beta_i = 2 ms + 0.1 ms a round."""
+    strategy, reports = run(make_app(tmp_path), rounds=2)
+    now_s, feature_bytes = 0.0, 4 * FEATURES
+    bottom_bytes = 4 * sum(weight.numel() for weight in strategy.model.bottom.state_dict().values())
+    for server_round, report in enumerate(reports, 1):
+        beta = 0.002 + 0.0001 * server_round
+        cost = [0.001 * (int(name[-1]) + 1) + beta for name in report.devices]
+        own = [size * seconds for size, seconds in zip(report.batch_sizes, cost, strict=True)]
+        iteration = max(own) + strategy.edge.top_s_per_sample * sum(report.batch_sizes)
+        assert report.iteration_s == pytest.approx(own)
+        assert report.waiting_s == pytest.approx(3 * sum(iteration - each for each in own) / 4)
+        now_s += 3 * iteration + bottom_bytes * beta / feature_bytes  # down and up at 2 c / beta bytes a second
+        assert report.virtual_s == pytest.approx(now_s)
+    # described and measured in round 1, measured in round 2
+    assert strategy.state.devices["device-2"].transfer_s == pytest.approx(0.8 * 0.0021 + 0.2 * 0.0022)
+
+
+@pytest.mark.parametrize("aggregation", ["batch", "uniform"])
+def test_bottoms_are_weighted_as_the_setting_says(tmp_path: Path, aggregation: str) -> None:
+    bottoms: list[dict[str, torch.Tensor]] = []
+
+    def keep(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        bottoms.append(dict(tensors))
+
+    app: Handler = make_app(tmp_path)
+    for node in range(4):
+        app = tampered(app, "train.mergesfl_end", keep, node)
+    strategy, reports = run(app, rounds=1, aggregation=aggregation)
+    sizes = reports[0].batch_sizes
+    assert len(set(sizes)) > 1
+    weights = torch.tensor(sizes if aggregation == "batch" else [1] * 4, dtype=torch.float64)
+    for name, weight in strategy.model.bottom.state_dict().items():
+        stacked = torch.stack([bottom[name].double() for bottom in bottoms])
+        mean = torch.tensordot(weights / weights.sum(), stacked, dims=1)
+        assert torch.allclose(weight.double(), mean, atol=1e-7), name
+
+
+def test_two_processes_that_take_turns_train_to_the_same_bits(tmp_path: Path) -> None:
+    """As Ray's actors do: each holds a graph that is one message old when it is asked again."""
+    apps = [make_app(tmp_path / "shared", rich=True) for _ in range(2)]
+    served = {"messages": 0}
+
+    def either(message: Message, context: Context) -> Message:
+        served["messages"] += 1
+        return apps[served["messages"] * 7 // 3 % 2](message, context)
+
+    strategy = make_strategy(rich=True)
+    strategy.start(LocalGrid(cast("ClientApp", either), 4), num_rounds=3)
+    assert same_bits(strategy.model.state_dict(), train(tmp_path / "own", rounds=3, rich=True).model.state_dict())
 
 
 def test_stock_handlers_live_beside_ours(tmp_path: Path) -> None:

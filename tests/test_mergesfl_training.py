@@ -133,6 +133,12 @@ def test_order_of_arrival_never_changes_the_aggregate(order: list[int]) -> None:
     from tests.tiny import make_app
 
     strategies = [make_strategy(selection="all") for _ in range(2)]
+    summed: list[list[float]] = []
+
+    def watched(states: list[dict[str, torch.Tensor]], weights: list[float]) -> dict[str, torch.Tensor]:
+        summed.append([float(state["0.bias"][0]) for state in states])
+        return aggregate(states, weights)
+
     for strategy, arrival in zip(strategies, (range(4), order), strict=True):
         grid = LocalGrid(make_app(Path("/nonexistent")), 4)
         begun = strategy.configure_train(1, None, None, grid)  # type: ignore[arg-type]
@@ -141,7 +147,10 @@ def test_order_of_arrival_never_changes_the_aggregate(order: list[int]) -> None:
             weights = make_model(seed=index).bottom.state_dict()
             content = make_content({"compute_s": 0.1 * index + 0.1, "transfer_s": 0.1}, weights)
             replies.append(Message(content, reply_to=begun[index]))
-        strategy.aggregate_train(1, replies)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fl_edge.strategies.mergesfl.aggregate", watched)
+            strategy.aggregate_train(1, replies)
+    assert summed[0] == summed[1]  # float sums depend on their order
     assert same_bits(*(strategy.model.state_dict() for strategy in strategies))
     assert strategies[0].snapshot()[1] == strategies[1].snapshot()[1]
 
