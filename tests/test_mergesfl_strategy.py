@@ -250,13 +250,13 @@ def test_impossible_costs_keep_a_device_out(tmp_path: Path, cost: float) -> None
 
 
 def test_clock_waiting_and_estimates_follow_the_formulas(tmp_path: Path) -> None:
-    """Costs are workload()'s: mu_i = (i + 1) ms, beta_i = 2 ms + 0.1 ms a round."""
+    """Costs are workload()'s: mu_i = i + 1 ms, beta_i = 2 ms, and 0.1 ms more of each a round."""
     strategy, reports = run(make_app(tmp_path), rounds=2)
     now_s, feature_bytes = 0.0, 4 * FEATURES
     bottom_bytes = 4 * sum(weight.numel() for weight in strategy.model.bottom.state_dict().values())
     for server_round, report in enumerate(reports, 1):
         beta = 0.002 + 0.0001 * server_round
-        cost = [0.001 * (int(name[-1]) + 1) + beta for name in report.devices]
+        cost = [0.001 * (int(name[-1]) + 1 + 0.1 * server_round) + beta for name in report.devices]
         own = [size * seconds for size, seconds in zip(report.batch_sizes, cost, strict=True)]
         iteration = max(own) + strategy.edge.top_s_per_sample * sum(report.batch_sizes)
         assert report.iteration_s == pytest.approx(own)
@@ -265,6 +265,7 @@ def test_clock_waiting_and_estimates_follow_the_formulas(tmp_path: Path) -> None
         assert report.virtual_s == pytest.approx(now_s)
     # described and measured in round 1, measured in round 2
     assert strategy.state.devices["device-2"].transfer_s == pytest.approx(0.8 * 0.0021 + 0.2 * 0.0022)
+    assert strategy.state.devices["device-2"].compute_s == pytest.approx(0.8 * 0.0031 + 0.2 * 0.0032)
 
 
 @pytest.mark.parametrize("aggregation", ["batch", "uniform"])

@@ -48,7 +48,7 @@ def workload(device: int, model: SplitModel, samples: int = 20) -> Workload:
         labels=labels,
         num_classes=CLASSES,
         batch=lambda indices: inputs[indices],
-        costs=lambda server_round: (0.001 * (device + 1), 0.002 + 0.0001 * server_round),
+        costs=lambda server_round: (0.001 * (device + 1 + 0.1 * server_round), 0.002 + 0.0001 * server_round),
     )
 
 
