@@ -64,7 +64,7 @@ def test_the_released_variant_has_the_settings_of_the_released_code() -> None:
     paper, variant = read_scenario({}), read_scenario({"variant": "released"})
     assert variant == replace(paper, variant="released", mergesfl=released(paper.mergesfl))
     changed = {key for key, value in asdict(variant.mergesfl).items() if value != asdict(paper.mergesfl)[key]}
-    assert changed == {"selection", "batches", "aggregation", "scale", "tuning", "fill"}
+    assert changed == {"selection", "batches", "aggregation", "scale", "tuning", "fill", "min_workers"}
     assert released(MergeSFLConfig(tau=7)).tau == 7
 
 

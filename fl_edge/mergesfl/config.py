@@ -89,8 +89,15 @@ class MergeSFLConfig:
 def released(config: MergeSFLConfig) -> MergeSFLConfig:
     """Return the authors' released variant: random cohort, equal batches, plain mean, no learning-rate scaling.
 
-    Their code has the training module only; the control module of the paper is switched off.
+    Their code has the training module only; the control module of the paper is switched off, and with it what we added.
     """
     return replace(
-        config, selection="random", batches="equal", aggregation="uniform", scale="none", tuning="none", fill=False
+        config,
+        selection="random",
+        batches="equal",
+        aggregation="uniform",
+        scale="none",
+        tuning="none",
+        fill=False,
+        min_workers=1,
     )
