@@ -77,7 +77,7 @@ def parse(overrides: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def stop_superlink(port: int, patience_s: float = 20.0) -> None:
+def stop_superlink(port: int, patience_s: float = 10.0) -> None:
     """End the local SuperLink that listens on a port, and all that it started, and wait until they are gone."""
     family = superlink_family(port)
     for process in family[:1]:  # the others end with it
@@ -104,16 +104,23 @@ def _flwr_run(values: Mapping[str, str], scenario: MergeSFLScenario, env: Mappin
     flwr = str(Path(sys.executable).with_name("flwr"))
     command = [flwr, "run", str(APP), "--stream", "--federation-config", federation, "--run-config", config]
     print("$ " + " ".join(f"'{part}'" if " " in part else part for part in ["flwr", *command[1:]]), flush=True)
-    run_id = ""
-    with subprocess.Popen(command, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            print(line, end="", flush=True)
-            if found := re.search(r"started run (\d+)", line):
-                run_id = found.group(1)
-    if not run_id:
-        return "not started"
-    return _status(flwr, run_id, env)
+    run_id, folder, status = "", Path(), "not started"
+    try:
+        with subprocess.Popen(
+            command, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                print(line, end="", flush=True)
+                if found := re.search(r"started run (\d+)", line):
+                    run_id = found.group(1)
+                if found := re.match(r"run folder (.+?)(, resumed after round \d+)?$", line):
+                    folder = Path(found.group(1))
+        status = _status(flwr, run_id, env) if run_id else status
+    finally:
+        if status != _ENDED and (folder / "checkpoints").is_dir():
+            print(f'to go on where it stopped: make run ARGS="resume={folder}"', flush=True)
+    return status
 
 
 def _status(flwr: str, run_id: str, env: Mapping[str, str]) -> str:

@@ -111,6 +111,7 @@ def test_a_run_killed_at_work_resumes_to_the_same_bits(launcher: Launcher, tmp_p
     output, _ = child.communicate(timeout=240)
     assert child.returncode == 1, output
     assert "finished:failed" in output
+    assert f'make run ARGS="resume={folder}"' in output
     kept = load_checkpoint(folder / "checkpoints")
     assert kept is not None
     before = kept.server_round
