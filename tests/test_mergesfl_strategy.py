@@ -260,7 +260,7 @@ def test_clock_waiting_and_estimates_follow_the_formulas(tmp_path: Path) -> None
         own = [size * seconds for size, seconds in zip(report.batch_sizes, cost, strict=True)]
         iteration = max(own) + strategy.edge.top_s_per_sample * sum(report.batch_sizes)
         assert report.iteration_s == pytest.approx(own)
-        assert report.waiting_s == pytest.approx(3 * sum(iteration - each for each in own) / 4)
+        assert report.waiting_s == pytest.approx(3 * sum(max(own) - each for each in own) / 4)  # eq. 8
         now_s += 3 * iteration + bottom_bytes * beta / feature_bytes  # down and up at 2 c / beta bytes a second
         assert report.virtual_s == pytest.approx(now_s)
     # described and measured in round 1, measured in round 2

@@ -23,6 +23,11 @@ def transfer_seconds_per_sample(profile: DeviceProfile, feature_bytes: int) -> f
     return 2 * 8 * feature_bytes / profile.bandwidth_bps
 
 
+def bandwidth_bps(transfer_s: float, feature_bytes: int) -> float:
+    """Return the bandwidth, bits a second, behind a reported beta_i: :func:`transfer_seconds_per_sample` undone."""
+    return 2 * 8 * feature_bytes / transfer_s
+
+
 def bottom_transfer_seconds(bottom_bytes: int, bandwidth_bps: float) -> float:
     """Return the seconds that a bottom of ``bottom_bytes`` takes down to a worker and up again, once a round (ours)."""
     return 2 * 8 * bottom_bytes / bandwidth_bps

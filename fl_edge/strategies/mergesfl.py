@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from fl_edge.config import check
 from fl_edge.edge.config import EdgeConfig
-from fl_edge.edge.costs import bottom_transfer_seconds
+from fl_edge.edge.costs import bandwidth_bps, bottom_transfer_seconds
 from fl_edge.errors import ConfigError, ReplyError, TrainingError
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.packing import pack, tensor_bytes
-from fl_edge.mergesfl.batching import bottom_learning_rates
+from fl_edge.mergesfl.batching import average_waiting, bottom_learning_rates
 from fl_edge.mergesfl.bottoms import aggregate
 from fl_edge.mergesfl.config import MergeSFLConfig
 from fl_edge.mergesfl.observers import Lines
@@ -345,11 +346,11 @@ class MergeSFL(Strategy):
         if not self.edge.count_bottom_transfer or slowest_s == 0:
             return 0.0
         feature_bytes = _FLOAT_BYTES * torch.Size(self.feature_shape).numel()
-        return bottom_transfer_seconds(bottom_bytes, 2 * 8 * feature_bytes / slowest_s)  # beta = 2 * 8 c / bandwidth
+        return bottom_transfer_seconds(bottom_bytes, bandwidth_bps(slowest_s, feature_bytes))
 
     def _report(self, split: SplitRound, tested: MetricRecord | None, real_s: float) -> RoundReport:
         metrics = dict(tested or {})
-        waiting = [split.elapsed_s - member.busy_s for member in split.members]
+        busy_s = np.array([member.busy_s for member in split.members])
         return RoundReport(
             server_round=split.server_round,
             learning_rate=split.learning_rate,
@@ -364,7 +365,7 @@ class MergeSFL(Strategy):
             devices=[member.device for member in self._members],
             batch_sizes=[member.batch_size for member in self._members],
             iteration_s=[m.batch_size * (m.compute_s + m.transfer_s) for m in self._members],
-            waiting_s=sum(waiting) / max(len(waiting), 1),
+            waiting_s=average_waiting(busy_s) if len(busy_s) else 0.0,
             virtual_s=self.state.clock.now_s if self.edge.clock == "virtual" else None,
             real_s=real_s,
             up_bytes=split.traffic.up_bytes,

@@ -35,7 +35,7 @@ class Member:
     batch_size: int
     compute_s: float  # mu_i and beta_i, at first as estimated, then as it reports them
     transfer_s: float
-    busy_s: float = 0.0
+    busy_s: float = 0.0  # t_i of eq. 7, as it came about
 
 
 @dataclass
