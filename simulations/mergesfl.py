@@ -115,6 +115,7 @@ def _show(summary: dict[str, Any]) -> None:
         "test accuracy": f"{accuracy:.4f} (best {best:.4f})",
         "rounds": str(summary["rounds"]),
         "KL of the label mix": f"{summary['kl_mean']:.4f} on average",
+        "target of KL missed": f"{summary['kl_above_target']} rounds",
         "cohort": f"{summary['cohort_mean']:.1f} devices on average",
         "batch sizes": f"{summary['batch_size_min']} to {summary['batch_size_max']}",
         "waiting": f"{summary['waiting_s_mean']:.2f} s a device and round",

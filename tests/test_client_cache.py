@@ -97,9 +97,10 @@ def test_drop_removes_the_node_and_runs_older_than_a_week(tmp_path: Path) -> Non
 def test_dropping_what_was_never_kept_is_no_error(tmp_path: Path) -> None:
     WeightCache(tmp_path / "none").drop(1, 5)
     cache = WeightCache(tmp_path)
-    cache.save(1, 5, WEIGHTS)
+    digest = cache.save(1, 5, WEIGHTS)
     cache.drop(1, 6)
     cache.drop(9, 5)
+    assert same_bits(cache.load(1, 5, digest), WEIGHTS)
 
 
 def test_the_folder_is_chosen_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def test_any_mapping_is_a_configuration_or_one_line(source: dict[Any, Any], over
 
 @pytest.mark.parametrize("file", sorted(SIMULATIONS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_scenario_resolves(file: Path) -> None:
-    resolve(MergeSFLScenario, file, {})
+    assert resolve(MergeSFLScenario, file, {}).simulation == file.stem
 
 
 def test_there_are_shipped_scenarios() -> None:

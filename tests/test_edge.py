@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
@@ -65,7 +66,7 @@ def test_profiles_stay_in_their_ranges(seed: int, num_devices: int, server_round
     assert profile == device_profile(CONFIG, seed, device, num_devices, server_round)
     first = (server_round - 1) // 20 * 20 + 1
     assert device_profile(CONFIG, seed, device, num_devices, first).mode == profile.mode
-    assert DeviceProfile.from_record(json.loads(json.dumps(profile.to_record()))) == profile
+    assert DeviceProfile(**json.loads(json.dumps(asdict(profile)))) == profile
 
 
 def test_speeds_of_the_modes() -> None:
@@ -158,7 +159,7 @@ def test_the_clock_goes_forward_and_survives() -> None:
     clock = VirtualClock()
     clock.advance(1.5)
     assert clock.advance(0.25) == 1.75
-    assert VirtualClock.from_record(json.loads(json.dumps(clock.to_record()))) == clock
+    assert VirtualClock(**json.loads(json.dumps(asdict(clock)))) == clock
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="cannot go on by"):
             clock.advance(wrong)
@@ -183,4 +184,4 @@ def test_traffic_adds_up_and_survives() -> None:
     traffic.add(up_bytes=3, down_bytes=4)
     traffic.add(up_bytes=1)
     assert (traffic.up_bytes, traffic.down_bytes, traffic.total_bytes) == (4, 4, 8)
-    assert Traffic.from_record(json.loads(json.dumps(traffic.to_record()))) == traffic
+    assert Traffic(**json.loads(json.dumps(asdict(traffic)))) == traffic

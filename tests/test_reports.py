@@ -98,12 +98,13 @@ def test_the_summary_of_a_run() -> None:
         report(1, test_accuracy=None, test_loss=None, batch_sizes=[2, 8], kl=0.2),
         report(2, test_accuracy=0.9, aborted=2, lost=[Lost("a", 0, ""), Lost("b", 1, "")], devices=["a"], kl=0.1,
                batch_sizes=[64]),
-        report(3, test_accuracy=0.8, real_s=2.0),
+        report(3, test_accuracy=0.8, real_s=2.0, kl_reached=False),
     ]  # fmt: skip
     summary = summarise(reports)
     assert (summary["rounds"], summary["test_accuracy"], summary["best_test_accuracy"]) == (3, 0.8, 0.9)
     assert (summary["batch_size_min"], summary["batch_size_max"]) == (2, 64)
     assert (summary["lost"], summary["aborted"], summary["virtual_s"], summary["real_s"]) == (2, 2, 30.0, 3.0)
+    assert summary["kl_above_target"] == 1
     assert summary["cohort_mean"] == pytest.approx(5 / 3)
     assert summary["kl_mean"] == pytest.approx((0.2 + 0.1 + 0.04) / 3)
     assert (summary["up_bytes"], summary["down_bytes"]) == (9_000_000, 3_000_000)

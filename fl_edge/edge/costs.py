@@ -6,8 +6,8 @@ Source: MergeSFL (ICDE 2024). A worker spends ``mu_i`` seconds a sample on forwa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fl_edge.edge.config import EdgeConfig
 from fl_edge.edge.profiles import DeviceProfile
@@ -70,12 +70,3 @@ class VirtualClock:
             raise ValueError(f"the clock cannot go on by {seconds} s")
         self.now_s += seconds
         return self.now_s
-
-    def to_record(self) -> dict[str, float]:
-        """Return the clock as plain numbers."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, float]) -> VirtualClock:
-        """Return the clock that :meth:`to_record` wrote."""
-        return cls(**record)

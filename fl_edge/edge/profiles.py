@@ -10,8 +10,7 @@ Every draw depends on (seed, device, round) only, so a profile is the same in an
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from fl_edge.edge.config import EdgeConfig
 from fl_edge.errors import ConfigError
@@ -44,15 +43,6 @@ class DeviceProfile:
     speed: float
     bandwidth_bps: float
     distance_m: int
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the profile as text and numbers."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> DeviceProfile:
-        """Return the profile that :meth:`to_record` wrote."""
-        return cls(**record)
 
 
 def deal_kinds(config: EdgeConfig, seed: int, num_devices: int) -> list[str]:

@@ -5,8 +5,8 @@ Up and down are seen from the device: features, labels and bottoms go up, gradie
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 PARAMETER_BYTES = 4  # float32
 LABEL_BYTES = 2  # as the released code counts a label
@@ -34,15 +34,6 @@ class Traffic:
         """Count further bytes."""
         self.up_bytes += up_bytes
         self.down_bytes += down_bytes
-
-    def to_record(self) -> dict[str, int]:
-        """Return the counter as plain integers."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, int]) -> Traffic:
-        """Return the counter that :meth:`to_record` wrote."""
-        return cls(**record)
 
 
 def round_traffic(bottom_parameters: int, tau: int, batch_sizes: Sequence[int], feature_bytes: int) -> Traffic:

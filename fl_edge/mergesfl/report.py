@@ -80,6 +80,7 @@ def summarise(reports: Sequence[RoundReport]) -> dict[str, Any]:
         "test_accuracy": last.test_accuracy,
         "best_test_accuracy": max(tested, default=None),
         "test_loss": last.test_loss,
+        "kl_above_target": sum(not report.kl_reached for report in reports),
         "kl_mean": fmean(report.kl for report in reports),
         "cohort_mean": fmean(len(report.devices) for report in reports),
         "batch_size_min": min(min(report.batch_sizes) for report in reports),

@@ -95,8 +95,7 @@ class ControlState:
     def from_record(cls, record: Mapping[str, Any]) -> ControlState:
         """Undo :meth:`to_record`."""
         devices = {name: DeviceState(**device) for name, device in record["devices"].items()}
-        clock, traffic = VirtualClock.from_record(record["clock"]), Traffic.from_record(record["traffic"])
-        return cls(record["server_round"], clock, traffic, devices)
+        return cls(record["server_round"], VirtualClock(**record["clock"]), Traffic(**record["traffic"]), devices)
 
 
 def _check_costs(compute_s: float, transfer_s: float) -> None:

@@ -82,8 +82,3 @@ def feature_shape(bottom: nn.Module, input_shape: Sequence[int]) -> tuple[int, .
 def feature_bytes(bottom: nn.Module, input_shape: Sequence[int]) -> int:
     """Return c, the bytes of one sample's feature as float32; see :func:`feature_shape`."""
     return _FLOAT_BYTES * math.prod(feature_shape(bottom, input_shape))
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of trainable weights."""
-    return sum(parameter.numel() for parameter in module.parameters())
