@@ -1,0 +1,366 @@
+"""Flower messages as bytes, and back: what travels between a ServerApp and its resident clients.
+
+An encoded message is
+
+========================  ==============================================================================
+bytes                     meaning
+========================  ==============================================================================
+4                         length of the header, unsigned, little-endian
+length of the header      header, msgpack
+the rest                  one segment an array, without gaps, in the header's order
+========================  ==============================================================================
+
+The header holds msgpack arrays and scalars only (no maps, hence no duplicate keys, and no extension types)::
+
+    [version, metadata, error, records]           error or records is nil
+    metadata  [run_id, message_id, src_node_id, dst_node_id, reply_to_message_id, group_id, created_at, ttl,
+               message_type, src_task_id, dst_task_id]
+    error     [code, reason]
+    records   [[kind, name, keys, values], ...]   kind "array", "config" or "metric"; one value a key
+
+A value of a ConfigRecord or MetricRecord is a msgpack scalar or an array of scalars of one kind, and comes back with
+its exact Python type. A value of an ArrayRecord is ``[dtype, shape, stype, length of its segment, encoding]``; the
+encoding is "raw" (the segment is the array's bytes) or a scheme of :mod:`fl_edge.link.resident.compression`.
+
+What may be sent is what Flower itself can send: integers from -2**63 to 2**64 - 1, and no list that needs both ends of
+that range. Beyond that, a header has at most 16 MiB, dtype and stype 64 characters, a shape 64 axes of 0 to 2**63 - 1
+(and see :class:`Limits`). The decoder trusts nothing: memory goes to what has arrived, never to what is announced; a
+segment is copied once, and a header takes at most 80 times its length while it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from types import NoneType
+from typing import Any
+
+import msgpack
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict
+
+from fl_edge.errors import ReplyError
+from fl_edge.link.packing import FastArray
+from fl_edge.link.resident.compression import SCHEMES, Buffer, Compressor, decompress
+
+VERSION = 1
+RAW = "raw"
+
+_INT64, _UINT64 = 2**63, 2**64
+_MAX_TEXT = _MAX_AXES = 64
+_ENCODINGS = frozenset((RAW, *SCHEMES))
+# Kind of record -> its class, and the exact types of its values.
+_KINDS: dict[str, tuple[type[ConfigRecord | MetricRecord], frozenset[type]]] = {
+    "config": (ConfigRecord, frozenset((bool, int, float, str, bytes))),
+    "metric": (MetricRecord, frozenset((int, float))),
+}
+# Field of Metadata, in the order of its constructor -> the types it may have. Integers are unsigned.
+_METADATA: dict[str, tuple[type, ...]] = {
+    "run_id": (int,),
+    "message_id": (str,),
+    "src_node_id": (int,),
+    "dst_node_id": (int,),
+    "reply_to_message_id": (str,),
+    "group_id": (str,),
+    "created_at": (float,),
+    "ttl": (float,),
+    "message_type": (str,),
+    "src_task_id": (int, NoneType),
+    "dst_task_id": (int, NoneType),
+}
+_metadata_of = attrgetter(*_METADATA)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a received message may have at most.
+
+    Parameters
+    ----------
+    header_bytes
+        Length of the header in bytes.
+    records, arrays
+        Number of records in the message, and of arrays in all its records together.
+    """
+
+    header_bytes: int = 16 * 2**20
+    records: int = 10_000
+    arrays: int = 100_000
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def encode(message: Message, compressor: Compressor | None = None) -> list[Buffer]:
+    """Encode a message.
+
+    Parameters
+    ----------
+    message
+        Any message that Flower can send.
+    compressor
+        Asked for each array; without one, arrays travel as they are.
+
+    Returns
+    -------
+    list[bytes | memoryview]
+        Parts whose concatenation is the encoded message. Uncompressed arrays are not copied: the parts are their bytes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Something that cannot be sent; the line names record and key.
+    """
+    metadata = list(_metadata_of(message.metadata))
+    metadata[6:8] = map(float, metadata[6:8])  # Flower, too, sends a ttl of 10 as 10.0
+    _check_metadata(metadata)
+    segments: list[Buffer] = []
+    error = records = None
+    if message.has_error():
+        error = (message.error.code, message.error.reason)
+        _check_error(error)
+    else:
+        records = [_encode_record(message, name, segments, compressor) for name in message.content]
+        _check_count(len(records), DEFAULT_LIMITS.records, "records")
+        _check_count(len(segments), DEFAULT_LIMITS.arrays, "arrays")
+    try:
+        header = msgpack.packb((VERSION, metadata, error, records))
+    except UnicodeEncodeError as problem:
+        raise ValueError(f"{_place_of(problem.object, records or [])}text is not Unicode") from problem
+    _check_count(len(header), DEFAULT_LIMITS.header_bytes, "bytes outside arrays")
+    return [len(header).to_bytes(4, "little") + header, *segments]
+
+
+def _encode_record(message: Message, name: str, segments: list[Buffer], compressor: Compressor | None) -> list[Any]:
+    """Return a record's entry in the header, and append the segments of its arrays."""
+    record = message.content[name]
+    values: list[Any] = []
+    if isinstance(record, ArrayRecord):
+        kind = "array"
+        for key, array in record.items():
+            if not (_describes_array(array.dtype, array.shape, array.stype) and isinstance(array.data, bytes)):
+                raise ValueError(f"{_place(name, key)}an array of {array.dtype}, {array.shape} cannot be sent")
+            encoding, segment = RAW, array.data
+            if compressor is not None:
+                encoding, segment = compressor.compress(array, (message.metadata.message_type, name, key))
+            values.append((array.dtype, array.shape, array.stype, len(segment), encoding))
+            segments.append(segment)
+    else:
+        kind = "config" if isinstance(record, ConfigRecord) else "metric"
+        scalars = _KINDS[kind][1]
+        for key, value in record.items():
+            values.append(value if _is_plain(value, scalars) else _plain(value, scalars, name, key))
+    return [kind, name, list(record), values]
+
+
+def _plain(value: Any, scalars: frozenset[type], name: str, key: str) -> Any:
+    """Return a value as Flower would send it whose type is only derived from one of Flower's (NumPy's, an enum's)."""
+    for base in (bool, int, float, str, bytes):
+        items = value if isinstance(value, list) else [value]
+        if base in scalars and all(isinstance(item, base) for item in items):
+            if base is int:  # a list of integers may hold truth values
+                items = [int(item) for item in items]
+                if not _in_range(items):
+                    raise ValueError(f"{_place(name, key)}integers have more than 64 bits")
+                return items if isinstance(value, list) else items[0]
+            return value
+    raise TypeError(f"{_place(name, key)}{_shown(value)} is no value that Flower can send")
+
+
+def decode(chunks: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Message:
+    """Decode a message.
+
+    Parameters
+    ----------
+    chunks
+        The encoded message, cut anywhere. Views must be of single bytes.
+    limits
+        What it may have at most.
+
+    Returns
+    -------
+    Message
+        Shares no memory with ``chunks``, except for an array that is one whole chunk of type ``bytes``.
+
+    Raises
+    ------
+    ReplyError
+        Anything that :func:`encode` would not have made.
+    """
+    try:
+        reader = _Reader(chunks)
+        length = int.from_bytes(reader.take(4), "little")
+        _check_count(length, limits.header_bytes, "bytes outside arrays")
+        metadata, error, records = _read_header(reader.take(length))
+        if error is not None:
+            _check_count(reader.left, 0, "bytes after an error")
+            return Message(error=Error(*error), metadata=metadata)  # type: ignore[call-overload, no-any-return]
+        content = _read_records(records, reader, limits)
+    except ValueError as problem:
+        raise ReplyError(f"message cannot be read: {problem}") from problem
+    # The constructor takes metadata, but its type hints keep that to Flower's own code.
+    return Message(content=content, metadata=metadata)  # type: ignore[call-overload, no-any-return]
+
+
+def _read_header(header: bytes) -> tuple[Metadata, Any, Any]:
+    """Return the metadata; and of the error and the records, neither of which has been looked into, one."""
+    try:
+        fields = msgpack.unpackb(header, use_list=False, max_map_len=0, max_ext_len=0)
+    except ValueError as problem:
+        raise ValueError(f"its header is no msgpack: {type(problem).__name__}") from problem
+    version, metadata, error, records = _sequence(fields, 4, "header")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"its version is {_shown(version)}, {VERSION} is understood")
+    _check_metadata(_sequence(metadata, len(_METADATA), "metadata"))
+    if (error is None) == (records is None):
+        raise ValueError("it must hold either an error or records")
+    if error is not None:
+        _check_error(error)
+    try:
+        return Metadata(*metadata), error, records
+    except ValueError as problem:  # Flower knows which types of messages there are
+        raise ValueError(f"its type is {_shown(metadata[8])}") from problem
+
+
+def _read_records(entries: Any, reader: _Reader, limits: Limits) -> RecordDict:
+    """Build the records of a message; everything is checked before the first segment is read."""
+    content = RecordDict()
+    arrays: list[tuple[dict[str, Any], str]] = []
+    _check_count(len(_sequence(entries, None, "records")), limits.records, "records")
+    for entry in entries:
+        kind, name, keys, values = _sequence(entry, 4, "record")
+        names = (name, *_sequence(keys, None, "keys"))
+        if not all(type(text) is str for text in names) or name in content or len(set(keys)) != len(keys):
+            raise ValueError(f"names and keys of record {_shown(name)} must be text, each once")
+        data = dict(zip(keys, _sequence(values, len(keys), "values"), strict=True))
+        record: Any
+        if kind == "array":
+            record = ArrayRecord()
+            for key, value in data.items():
+                _check_array(value, name, key)
+                arrays.append((data, key))
+        elif type(kind) is str and kind in _KINDS:
+            cls, scalars = _KINDS[kind]
+            record = cls()
+            for key, value in data.items():
+                plain = list(value) if type(value) is tuple else value
+                if not _is_plain(plain, scalars):
+                    raise ValueError(f"{_place(name, key)}{_shown(plain)} is no value of a {kind} record")
+                data[key] = plain
+        else:
+            raise ValueError(f"record {_shown(name)} is of kind {_shown(kind)}")
+        # Setting values through a record would check each again, at a multiple of the price.
+        record.__dict__["_data"] = data
+        content.__dict__["_data"][name] = record
+    _check_count(len(arrays), limits.arrays, "arrays")
+    if (announced := sum(data[key][3] for data, key in arrays)) != reader.left:
+        raise ValueError(f"{announced} bytes of arrays were announced, {reader.left} are there")
+    for data, key in arrays:
+        dtype, shape, stype, length, encoding = data[key]
+        segment = reader.take(length)
+        if encoding != RAW:
+            segment = decompress(segment, encoding, dtype, shape, stype)
+        data[key] = FastArray.of(dtype, shape, stype, segment)
+    return content
+
+
+class _Reader:
+    """Reads bytes that lie in several chunks."""
+
+    def __init__(self, chunks: Sequence[Buffer]) -> None:
+        self.left = sum(map(len, chunks))
+        self._chunks = iter(chunks)
+        self._rest = memoryview(b"")  # of the chunk that is being read
+
+    def take(self, size: int) -> bytes:
+        """Return the next bytes, copied once."""
+        if size > self.left:
+            raise ValueError(f"it ends {size - self.left} bytes early")
+        self.left -= size
+        pieces = []
+        while size > len(self._rest):
+            pieces.append(self._rest)
+            size -= len(self._rest)
+            self._rest = memoryview(next(self._chunks))
+        pieces.append(self._rest[:size])
+        self._rest = self._rest[size:]
+        return b"".join(pieces)
+
+
+def _is_plain(value: Any, scalars: frozenset[type]) -> bool:
+    """Whether a value is of exactly one of the types, or a list of one of them, and its integers fit into 64 bits."""
+    kind = type(value)
+    if kind is int:
+        return -_INT64 <= value < _UINT64
+    if kind is list:
+        kinds = set(map(type, value))
+        return not kinds or (len(kinds) == 1 and kinds <= scalars and (kinds != {int} or _in_range(value)))
+    return kind in scalars
+
+
+def _in_range(values: list[int]) -> bool:
+    """Whether one 64-bit type, with or without sign, holds all these integers."""
+    low, high = min(values), max(values)
+    return low >= -_INT64 and high < (_UINT64 if low >= 0 else _INT64)
+
+
+def _describes_array(dtype: Any, shape: Any, stype: Any) -> bool:
+    return (
+        type(dtype) is type(stype) is str
+        and max(len(dtype), len(stype)) <= _MAX_TEXT
+        and isinstance(shape, tuple)
+        and len(shape) <= _MAX_AXES
+        and all(type(axis) is int and 0 <= axis < _INT64 for axis in shape)
+    )
+
+
+def _check_array(value: Any, name: str, key: str) -> None:
+    dtype, shape, stype, length, encoding = _sequence(value, 5, "array")
+    if not _describes_array(dtype, shape, stype) or type(length) is not int or length < 0:
+        raise ValueError(f"{_place(name, key)}dtype, shape, stype or length are damaged")
+    if type(encoding) is not str or encoding not in _ENCODINGS:
+        raise ValueError(f"{_place(name, key)}the encoding {_shown(encoding)} is unknown")
+
+
+def _check_metadata(values: Sequence[Any]) -> None:
+    for (field, kind), value in zip(_METADATA.items(), values, strict=True):
+        if not isinstance(value, kind) or type(value) is bool or (type(value) is int and not 0 <= value < _UINT64):
+            raise ValueError(f"{field} cannot be {_shown(value)}")
+
+
+def _check_error(error: Any) -> None:
+    code, reason = _sequence(error, 2, "error")
+    if type(code) is not int or not -_INT64 <= code < _INT64 or not isinstance(reason, str | None):
+        raise ValueError(f"an error cannot have code {_shown(code)}, reason {_shown(reason)}")
+
+
+def _check_count(count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise ValueError(f"{count} {what}, at most {limit} are allowed")
+
+
+def _sequence(value: Any, length: int | None, what: str) -> Any:
+    """Return a value that must be a tuple, of this length if one is given."""
+    if type(value) is not tuple or (length is not None and len(value) != length):
+        raise ValueError(f"{what} cannot be {_shown(value)}")
+    return value
+
+
+def _place(name: str, key: str) -> str:
+    return f"record {_shown(name)}, key {_shown(key)}: "
+
+
+def _place_of(text: str, records: list[Any]) -> str:
+    """Return where in the records a text stands; nothing if it stands in the metadata or the error."""
+    for _, name, keys, values in records:
+        for key, value in zip(keys, values, strict=True):
+            if text in (name, key, value) or (isinstance(value, list | tuple) and text in value):
+                return _place(name, key)
+    return ""
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it may stand in a line, whoever sent it: no line breaks, no length, no depth."""
+    if isinstance(value, str | bytes):
+        return repr(value[:60])
+    return repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
