@@ -25,7 +25,7 @@ encoding is "raw" (the segment is the array's bytes) or a scheme of :mod:`fl_edg
 What may be sent is what Flower itself can send: integers from -2**63 to 2**64 - 1, and no list that needs both ends of
 that range. Beyond that, a header has at most 16 MiB, dtype and stype 64 characters, a shape 64 axes of 0 to 2**63 - 1
 (and see :class:`Limits`). The decoder trusts nothing: memory goes to what has arrived, never to what is announced; a
-segment is copied once, and a header takes at most 80 times its length while it is read.
+segment is copied once, and a header takes at most 50 times its length while it is read.
 """
 
 from __future__ import annotations
@@ -289,13 +289,12 @@ class _Reader:
 
 def _is_plain(value: Any, scalars: frozenset[type]) -> bool:
     """Whether a value is of exactly one of the types, or a list of one of them, and its integers fit into 64 bits."""
-    kind = type(value)
-    if kind is int:
+    if type(value) is int:
         return -_INT64 <= value < _UINT64
-    if kind is list:
+    if type(value) is list:
         kinds = set(map(type, value))
         return not kinds or (len(kinds) == 1 and kinds <= scalars and (kinds != {int} or _in_range(value)))
-    return kind in scalars
+    return type(value) in scalars
 
 
 def _in_range(values: list[int]) -> bool:
