@@ -1,0 +1,123 @@
+"""Flower's ClientApp and ServerApp, with clients that stay: the same names from another module.
+
+An app becomes resident by two changed lines, one on each side::
+
+    from fl_edge.link.resident import ClientApp          # was: from flwr.clientapp import ClientApp
+    from fl_edge.link.resident import Grid, ServerApp    # was: from flwr.serverapp import Grid, ServerApp
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flwr.clientapp
+import flwr.serverapp
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fl_edge.errors import ReplyError
+from fl_edge.link.resident.client import LinkClient
+from fl_edge.link.resident.codec import decode, encode
+from fl_edge.link.resident.compression import Compressor
+from fl_edge.link.resident.config import TLS, LinkConfig
+from fl_edge.link.resident.frames import Buffer
+from fl_edge.link.resident.grid import ResidentGrid, flower_security
+from fl_edge.link.resident.invitation import STAY, read_invitation
+
+log = logging.getLogger("flwr.fl_edge")
+
+CLIENT_APP_RAISED_EXCEPTION = 2  # Flower's ErrorCode
+
+Answer = Callable[[Message, Context], Message]
+
+
+class ClientApp(flwr.clientapp.ClientApp):
+    """Flower's ClientApp, which stays when a :class:`ResidentGrid` invites it.
+
+    Handlers, mods, lifespan and ``Context`` are as in Flower, for each message; only the process remains from one to
+    the next, with everything it has imported and loaded.
+    """
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer one message; an invitation is answered when the server lets the client go."""
+        if message.metadata.message_type == STAY:
+            return _stay(super().__call__, message, context)
+        return super().__call__(message, context)
+
+
+class ServerApp(flwr.serverapp.ServerApp):
+    """Flower's ServerApp, whose grid keeps clients connected from the first message to the end of the run.
+
+    In Flower's simulation, where processes last anyway, the grid remains Flower's own.
+
+    Parameters
+    ----------
+    listen, advertise, tls, config
+        As :class:`ResidentGrid` has them.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        listen: str | None = None,
+        advertise: str | None = None,
+        tls: TLS | None = None,
+        config: LinkConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._link = {"listen": listen, "advertise": advertise, "tls": tls, "config": config}
+
+    def __call__(self, grid: Grid, context: Context) -> None:
+        """Run the app; called by Flower."""
+        with resident_where_possible(grid, **self._link) as chosen:
+            super().__call__(chosen, context)
+
+
+@contextmanager
+def resident_where_possible(grid: Grid, **settings: Any) -> Iterator[Grid]:
+    """Open a ResidentGrid over a SuperLink's grid; leave that of a simulation, or a LocalGrid, as it is."""
+    if flower_security(grid) == "in-process":
+        yield grid
+        return
+    with ResidentGrid(grid, **settings) as resident:
+        yield resident
+
+
+def _stay(answer: Answer, message: Message, context: Context) -> Message:
+    """Answer messages from the stream until the server lets go; return the reply to the invitation."""
+    invitation, scheme = read_invitation(message)
+    compressor = None if scheme == "none" else Compressor(scheme)  # type: ignore[arg-type]
+    client = LinkClient(invitation)
+    served = 0
+    try:
+        for chunks in client.messages():
+            client.send(_reply(answer, chunks, context, compressor, invitation.max_message_bytes))
+            served += 1
+    finally:
+        client.close("its process ends")
+    left = ConfigRecord({"served": served, "reason": client.reason})
+    return Message(RecordDict({"fl_edge.link": left}), reply_to=message)
+
+
+def _reply(
+    answer: Answer, chunks: list[Buffer], context: Context, compressor: Compressor | None, max_bytes: int
+) -> list[Buffer]:
+    """Let the app answer one message; what goes wrong becomes an error reply, as Flower words it."""
+    message = decode(chunks)
+    try:
+        reply = answer(message, context)
+        if not isinstance(reply, Message):
+            raise TypeError(f"the handler returned {type(reply).__name__}, not a Message")
+        parts = encode(reply, compressor)
+        if (size := sum(map(len, parts))) > max_bytes:
+            raise ReplyError(f"the reply has {size} bytes; {max_bytes} are allowed (max_message_mib)")
+    except Exception as error:
+        # logged where Flower logs: on the device, with its traceback; the server gets one line
+        log.error("ClientApp raised an exception", exc_info=error)
+        reason = f"{type(error)}:<'{error}'>"
+        return encode(Message(Error(CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message))
+    return parts

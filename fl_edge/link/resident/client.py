@@ -1,0 +1,201 @@
+"""A client's end: one session with the server, kept over connections that break.
+
+Knows an address, a token and bytes; nothing of Flower.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from fl_edge.errors import ReplyError
+from fl_edge.link.resident.frames import (
+    HEADER_BYTES,
+    METHOD,
+    NODE_KEY,
+    POSITION_KEY,
+    TOKEN_KEY,
+    Buffer,
+    Frame,
+    Kind,
+    read_frame,
+    read_welcome,
+)
+from fl_edge.link.resident.stream import Stream
+
+_WAITING_MESSAGES = 16  # that were received and not taken; then nothing more is read
+_RETRY_S = 0.2
+_FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """All that a client needs to come.
+
+    Attributes
+    ----------
+    address
+        ``host:port``.
+    authority
+        PEM of the certificate authority to trust; empty for a connection in the clear.
+    token
+        For the first connection; never shown.
+    grace_s, heartbeat_s, frame_bytes, max_message_bytes
+        As the server has them.
+    """
+
+    address: str
+    node_id: int
+    authority: bytes
+    token: bytes = field(repr=False)
+    grace_s: float
+    heartbeat_s: float
+    frame_bytes: int
+    max_message_bytes: int
+
+
+class LinkClient:
+    """Keeps a session with the server that sent the invitation.
+
+    ::
+
+        client = LinkClient(invitation)
+        for chunks in client.messages():
+            client.send(answer(chunks))
+        print(client.reason)  # why it ended
+    """
+
+    def __init__(self, invitation: Invitation) -> None:
+        self.reason = ""
+        self._invitation = invitation
+        self._token = invitation.token
+        self._stream = Stream(invitation.frame_bytes, invitation.max_message_bytes)
+        self._arrived: queue.Queue[list[Buffer] | None] = queue.Queue(_WAITING_MESSAGES)
+        self._call: grpc.Call | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._keep, name="fl_edge-link", daemon=True).start()
+
+    def messages(self) -> Iterator[list[Buffer]]:
+        """Yield the chunks of each message, until the session ends; then :attr:`reason` says why."""
+        while (chunks := self._arrived.get()) is not None:
+            yield chunks
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """Queue an encoded message.
+
+        Raises
+        ------
+        ValueError
+            It is too long.
+        """
+        self._stream.send(parts)
+
+    def close(self, reason: str, patience_s: float = 5.0) -> None:
+        """Leave: what was queued is sent, then the farewell; after `patience_s` the connection is cut."""
+        self.reason = self.reason or reason
+        self._stream.finish(reason)
+        if not self._closed.wait(patience_s) and self._call:
+            self._call.cancel()
+
+    def _keep(self) -> None:
+        """Connect again and again, until the session has ended or the grace is over."""
+        last_heard = time.monotonic()
+        try:
+            while not self.reason:
+                began = time.monotonic()
+                if self._connect_once():
+                    last_heard = time.monotonic()
+                elif time.monotonic() - last_heard > self._invitation.grace_s:
+                    self.reason = f"no connection to {self._invitation.address} for {self._invitation.grace_s:g} s"
+                if not self.reason:
+                    time.sleep(max(0.0, _RETRY_S - (time.monotonic() - began)))
+        finally:
+            self._closed.set()
+            self._arrived.put(None)
+
+    def _connect_once(self) -> bool:
+        """Serve one connection until it ends, and return whether the server was there."""
+        welcomed = False
+        with self._channel() as channel:
+            metadata = (
+                (NODE_KEY, str(self._invitation.node_id)),
+                (TOKEN_KEY, self._token),
+                (POSITION_KEY, str(self._stream.received)),
+            )
+            outgoing = _Outgoing(self._stream)
+            method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
+            self._call = call = method(iter(outgoing), metadata=metadata)
+            try:
+                for data in call:
+                    frame = read_frame(data)
+                    if not welcomed:
+                        self._token, position = read_welcome(_expect(frame, Kind.WELCOME))
+                        outgoing.begin(self._stream.connect(position))
+                        self._stream.acknowledge()  # tells the server that the new token is here
+                        welcomed = True
+                    elif frame.kind == Kind.FAREWELL:
+                        self.reason = bytes(frame.payload).decode(errors="replace")
+                        return True
+                    elif chunks := self._stream.receive(frame):
+                        self._arrived.put(chunks)
+            except grpc.RpcError as error:
+                if error.code() in _FINAL:
+                    self.reason = f"the server at {self._invitation.address} refused this client"
+            except ReplyError as error:
+                self.reason = f"the server sent what cannot be: {error}"
+            finally:
+                outgoing.end()
+                call.cancel()
+        return welcomed
+
+    def _channel(self) -> grpc.Channel:
+        own = self._invitation
+        heartbeat_ms = int(1000 * own.heartbeat_s)
+        options = [
+            ("grpc.max_receive_message_length", own.frame_bytes + HEADER_BYTES),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.keepalive_time_ms", heartbeat_ms),
+            ("grpc.keepalive_timeout_ms", heartbeat_ms),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.min_reconnect_backoff_ms", max(1000, int(250 * own.grace_s))),  # the time a connection attempt has
+            ("grpc.use_local_subchannel_pool", 1),  # a channel of one's own, not one that is backing off
+            ("grpc.enable_retries", 0),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        if not own.authority:
+            return grpc.insecure_channel(own.address, options)
+        return grpc.secure_channel(own.address, grpc.ssl_channel_credentials(own.authority), options)
+
+
+class _Outgoing:
+    """What gRPC takes the frames to send from: nothing until the server has said how far it is."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._connection: int | None = None
+        self._settled = threading.Event()
+
+    def begin(self, connection: int) -> None:
+        self._connection = connection
+        self._settled.set()
+
+    def end(self) -> None:
+        if self._connection is not None:
+            self._stream.disconnect(self._connection)
+        self._settled.set()
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._settled.wait()
+        if self._connection is not None:
+            yield from self._stream.frames(self._connection)
+
+
+def _expect(frame: Frame, kind: Kind) -> Frame:
+    if frame.kind != kind:
+        raise ReplyError(f"a frame of kind {frame.kind.name} was received where {kind.name} was due")
+    return frame

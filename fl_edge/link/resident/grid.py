@@ -1,0 +1,311 @@
+"""ResidentGrid: Flower's grid, with clients that stay."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from itertools import count
+from types import TracebackType
+from typing import Any, Self
+
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.serverapp import Grid
+
+from fl_edge.errors import ConfigError
+from fl_edge.link.resident.codec import decode, encode
+from fl_edge.link.resident.compression import Compressor
+from fl_edge.link.resident.config import ENVIRONMENT, TLS, LinkConfig
+from fl_edge.link.resident.frames import Buffer
+from fl_edge.link.resident.inbox import Inbox
+from fl_edge.link.resident.invitation import make_invitation
+from fl_edge.link.resident.server import LinkServer
+
+# Flower's ErrorCode is not among its public names; these are its values in 1.26 to 1.42.
+MESSAGE_UNAVAILABLE = 3
+NODE_UNAVAILABLE = 5
+
+_POLL_S = 2.0  # how often Flower is asked what became of invitations that nobody followed
+_ANYWHERE = ("0.0.0.0", "[::]", "*")  # noqa: S104 - addresses to refuse, not to bind
+
+log = logging.getLogger("flwr.fl_edge")
+
+
+class ResidentGrid(Grid):
+    """Flower's ``Grid``, over one stream a node instead of polls and a process a message.
+
+    The first message to a node makes Flower deliver an invitation; the node's ClientApp
+    (:class:`fl_edge.link.resident.ClientApp`) comes, and stays until :meth:`close`. Its handlers, mods and ``Context``
+    are those it has anyway, and Flower gets the ``Context`` back when it leaves. For a node that is lost, Flower's
+    error 5 (node unavailable) answers each message that it owes a reply to; the next message invites it again.
+
+    ::
+
+        with ResidentGrid(grid) as grid:
+            strategy.start(grid, initial_arrays)
+
+    :class:`fl_edge.link.resident.ServerApp` does just that.
+
+    Parameters
+    ----------
+    grid
+        Flower's own grid, to a SuperLink.
+    listen
+        ``host:port`` to listen on; port 0 takes a free one. If not given, $FL_EDGE_LINK_LISTEN, else ``127.0.0.1:0``.
+    advertise
+        ``host[:port]`` at which the devices reach it; the host must stand in the certificate. If not given,
+        $FL_EDGE_LINK_ADVERTISE, else what it listens on.
+    tls
+        The certificate that Flower's SuperLink has. If not given, the files named by $FL_EDGE_LINK_CERTIFICATE, _KEY
+        and _CA. Needed unless Flower itself runs with ``--insecure``.
+    config
+        Limits, time-outs, compression.
+
+    Raises
+    ------
+    ConfigError
+        No certificate though Flower has one, or an address that cannot be used.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        listen: str | None = None,
+        advertise: str | None = None,
+        tls: TLS | None = None,
+        config: LinkConfig | None = None,
+    ) -> None:
+        self._flower = grid
+        self._config = config or LinkConfig()
+        self._tls = tls or TLS.from_environment()
+        if self._tls is None and flower_security(grid) != "insecure":
+            raise ConfigError(
+                "Flower runs with TLS, so clients that stay need it too: give tls=TLS.from_files(...), or set "
+                f"{ENVIRONMENT}CERTIFICATE, {ENVIRONMENT}KEY and {ENVIRONMENT}CA where the SuperLink is started"
+            )
+        self._inbox = Inbox(self._config.inbox_mib * 1024**2)
+        listen = listen or os.environ.get(f"{ENVIRONMENT}LISTEN") or "127.0.0.1:0"
+        self._server = LinkServer(self._config, listen, self._tls, self._on_message, self._on_end)
+        self._address = _address(listen, advertise or os.environ.get(f"{ENVIRONMENT}ADVERTISE"), self._server.port)
+        self._numbers = count(1)
+        self._compressors: dict[int, Compressor] = {}
+        self._invitations: dict[str, int] = {}  # Flower's message id -> node
+        self._lock = threading.Lock()  # Flower's grid is not made for several threads
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="fl_edge-watch", daemon=True).start()
+        log.info("clients stay connected: listening on port %d as %s", self._server.port, self._address)
+
+    # --- opening and closing ---
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("the run failed" if error else "the run has ended")
+
+    def close(self, reason: str = "the run has ended") -> None:
+        """Let all clients go, and stop listening. All tokens are void from now on."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._server.close(reason)
+
+    # --- Flower's Grid ---
+
+    def set_run(self, run: Any) -> None:
+        """Set the run, in Flower's grid."""
+        self._flower.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The run, as Flower's grid has it."""
+        return self._flower.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message (deprecated in Flower: call ``Message`` instead)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the ids of the nodes that Flower counts as connected."""
+        with self._lock:
+            return list(self._flower.get_node_ids())
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Return what Flower knows of the nodes that are connected."""
+        with self._lock:
+            return self._flower.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages, and return the id of each.
+
+        Nothing is waited for: a node that is not there yet gets its messages when it comes. The bytes of arrays are
+        not copied, and must not change until the reply is there.
+
+        Raises
+        ------
+        ValueError
+            A message that is a reply, carries no content, has no time to live, or is too long.
+        ConfigError
+            There are more nodes than `max_nodes`.
+        """
+        if self._closed.is_set():
+            raise ValueError("this grid is closed; messages can be sent only while the ServerApp runs")
+        outgoing = list(messages)
+        with self._lock:
+            encoded = [self._encode(message) for message in outgoing]  # before anything is sent: one may be wrong
+            nodes = dict.fromkeys(message.metadata.dst_node_id for message in outgoing)
+            self._invite([node for node in nodes if self._server.state(node) == "absent"])
+            for message, parts in zip(outgoing, encoded, strict=True):
+                self._send(message, parts)
+        return [message.metadata.message_id for message in outgoing]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that have arrived, each once; does not wait.
+
+        An id that is unknown, or whose reply has been pulled, is answered by Flower's error 3 (message unavailable).
+        """
+        replies, unknown = self._inbox.pull(dict.fromkeys(message_ids))
+        return replies + [self._unknown(message_id) for message_id in unknown]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send messages and return the replies, in the order of the messages, as soon as all are there.
+
+        After `timeout` seconds those that have arrived are returned; as in Flower, a late reply can still be pulled by
+        the id of its message.
+        """
+        return self._inbox.wait(self.push_messages(messages), timeout)
+
+    # --- sending ---
+
+    def _encode(self, message: Message) -> list[Buffer]:
+        meta = message.metadata
+        if meta.reply_to_message_id or meta.ttl <= 0 or not message.has_content():
+            raise ValueError(f"Invalid message: {message}")
+        meta.__dict__["_message_id"] = f"{meta.run_id:x}-{next(self._numbers):08x}"  # as Flower's grids do
+        scheme = self._config.compression
+        if scheme != "none" and meta.dst_node_id not in self._compressors:
+            self._compressors[meta.dst_node_id] = Compressor(scheme)  # type: ignore[arg-type]
+        parts = encode(message, self._compressors.get(meta.dst_node_id))
+        if (size := sum(map(len, parts))) > self._config.max_message_bytes:
+            most = self._config.max_message_mib
+            raise ValueError(f"a message of {size} bytes cannot be sent; it may have {most} MiB (max_message_mib)")
+        return parts
+
+    def _invite(self, nodes: Sequence[int]) -> None:
+        """Ask nodes, by Flower's own way, to come."""
+        if not nodes:
+            return
+        authority = self._tls.authority if self._tls else b""
+        try:
+            tokens = [self._server.admit(node) for node in nodes]
+            invitations = [
+                make_invitation(node, token, self._address, authority, self._config)
+                for node, token in zip(nodes, tokens, strict=True)
+            ]
+            self._invitations.update(zip(self._flower.push_messages(invitations), nodes, strict=True))
+        except BaseException:
+            for node in nodes:
+                self._server.release(node, "it could not be invited")
+            raise
+
+    def _send(self, message: Message, parts: Sequence[Buffer]) -> None:
+        asked = Message(metadata=message.metadata, content=RecordDict())  # type: ignore[call-overload]
+        self._inbox.expect(asked)
+        try:
+            self._server.send(message.metadata.dst_node_id, parts)
+        except KeyError:  # it was lost a moment ago
+            self._fail(asked, "it was lost")
+
+    # --- receiving; in threads of the server ---
+
+    def _on_message(self, node_id: int, chunks: Sequence[Buffer]) -> None:
+        reply = decode(chunks)
+        asked = self._inbox.asked(reply.metadata.reply_to_message_id)
+        if asked is None or asked.metadata.dst_node_id != node_id:
+            return  # a second reply, or one to a message that the node was never sent
+        meta = asked.metadata
+        reply.metadata.__dict__.update(  # what a device says of itself is not taken on trust
+            _message_id=f"{meta.message_id}-reply",
+            _run_id=meta.run_id,
+            _src_node_id=node_id,
+            _dst_node_id=meta.src_node_id,
+            _group_id=meta.group_id,
+            _message_type=meta.message_type,
+            _src_task_id=meta.dst_task_id,
+            _dst_task_id=meta.src_task_id,
+        )
+        self._inbox.settle(reply, sum(map(len, chunks)))
+
+    def _on_end(self, node_id: int, reason: str) -> None:
+        owed = self._inbox.owed_by(node_id)
+        log.warning("node %d is no longer connected: %s; it owes %d replies", node_id, reason, len(owed))
+        for asked in owed:
+            self._fail(asked, reason)
+
+    def _fail(self, asked: Message, reason: str) -> None:
+        error = Error(NODE_UNAVAILABLE, f"node {asked.metadata.dst_node_id} is not connected: {reason}")
+        self._inbox.settle(Message(error, reply_to=asked))
+
+    def _unknown(self, message_id: str) -> Message:
+        reason = f"message {message_id!r} is unknown, or its reply has been pulled"
+        meta = Metadata(0, f"{message_id}-reply", 0, 0, message_id, "", 0.0, 0.0, "system")
+        return Message(error=Error(MESSAGE_UNAVAILABLE, reason), metadata=meta)  # type: ignore[call-overload, no-any-return]
+
+    # --- invitations that nobody followed ---
+
+    def _watch(self) -> None:
+        """Ask Flower, now and then, what became of the invitations of nodes that are not connected."""
+        while not self._closed.wait(_POLL_S):
+            open_ids = [
+                flower_id
+                for flower_id, node in list(self._invitations.items())
+                if self._server.state(node) != "connected"
+            ]
+            if not open_ids:
+                continue
+            try:
+                with self._lock:
+                    replies = list(self._flower.pull_messages(open_ids))
+            except Exception as error:  # whatever it is, the ServerApp's own next call will meet it too
+                log.debug("Flower cannot be asked about invitations: %s", error)
+                continue
+            for reply in replies:
+                node = self._invitations.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None and node not in self._invitations.values():  # else it was invited again
+                    self._server.expel(node, _why(reply))
+
+
+def _why(reply: Message) -> str:
+    """Say why a client did not come, or left, by the reply to its invitation."""
+    if not reply.has_error():
+        return "its client left"
+    error = reply.error
+    text = ((error.reason or "").strip().splitlines() or ["no reason given"])[-1]
+    if "No query function registered" in text:
+        return "its ClientApp does not stay: build it with ClientApp of fl_edge.link.resident"
+    return f"Flower's error {error.code}: {text}"
+
+
+def flower_security(grid: Grid) -> str:
+    """Return how Flower's grid reaches its SuperLink: ``tls``, ``insecure``, or ``in-process`` if there is none.
+
+    It does not say so itself; this is the one place that looks inside.
+    """
+    insecure = getattr(grid, "_insecure", None)
+    return "in-process" if insecure is None else "insecure" if insecure else "tls"
+
+
+def _address(listen: str, advertise: str | None, port: int) -> str:
+    """Return the ``host:port`` that devices are told."""
+    host = advertise or listen.rpartition(":")[0]
+    if not advertise and host in _ANYWHERE:
+        raise ConfigError(
+            f"listen={listen} is no address for devices; say which one is: advertise=HOST, or {ENVIRONMENT}ADVERTISE"
+        )
+    has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]") and (host.count(":") == 1 or "]:" in host)
+    return host if has_port else f"{host}:{port}"

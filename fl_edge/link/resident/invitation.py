@@ -1,0 +1,46 @@
+"""The invitation: the one message that asks a node by Flower's own way to come and stay."""
+
+from __future__ import annotations
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fl_edge.errors import ReplyError
+from fl_edge.link.resident.client import Invitation
+from fl_edge.link.resident.config import LinkConfig
+
+STAY = "query.fl_edge_stay"  # type of the message
+_RECORD, _VERSION = "fl_edge.link", 1
+_TTL_S = 30 * 86_400.0  # of the invitation, and so the longest stay
+
+
+def make_invitation(node_id: int, token: bytes, address: str, authority: bytes, config: LinkConfig) -> Message:
+    """Return the message that invites a node."""
+    record = ConfigRecord(
+        {
+            "version": _VERSION,
+            "address": address,
+            "authority": authority,
+            "token": token,
+            "grace_s": config.grace_s,
+            "heartbeat_s": config.heartbeat_s,
+            "frame_bytes": config.frame_bytes,
+            "max_message_bytes": config.max_message_bytes,
+            "compression": config.compression,
+        }
+    )
+    return Message(RecordDict({_RECORD: record}), node_id, STAY, ttl=_TTL_S)
+
+
+def read_invitation(message: Message) -> tuple[Invitation, str]:
+    """Return what a client needs to come, and the compression that was agreed on.
+
+    Raises
+    ------
+    ReplyError
+        It comes from another version of fl_edge.
+    """
+    record = dict(message.content.config_records.get(_RECORD, {}))
+    if record.pop("version", None) != _VERSION:
+        raise ReplyError("the server has another version of fl_edge than this device; install the same on both")
+    compression = str(record.pop("compression"))
+    return Invitation(node_id=message.metadata.dst_node_id, **record), compression  # type: ignore[arg-type]
