@@ -163,7 +163,9 @@ class Deployment:
         for service in self.supernodes:
             service.check()
         settings = _write_toml(self.folder / "logs" / f"run-{len(self._services)}.toml", config or {})
-        stream = self._start("run", "flwr", "run", app, "--stream", *(["--run-config", settings] if config else []))
+        stream = self._start(
+            "run", "flwr", "run", app.absolute(), "--stream", *(["--run-config", settings] if config else [])
+        )
         started = re.compile(r"started run (\d+)")
         self.until(lambda: started.search(stream.text()) is not None, stream, _START_S, alive=True)
         return Run(self, int(started.findall(stream.text())[0]), stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -46,8 +47,8 @@ class Service:
         return cls(name, process, log)
 
     def text(self) -> str:
-        """Return what the process has printed until now."""
-        return self.log.read_text(errors="replace")
+        """Return what the process has printed until now, without Flower's colours."""
+        return re.sub(r"\x1b\[\d+m", "", self.log.read_text(errors="replace"))
 
     def last_lines(self) -> str:
         """Return the end of what it has printed, in one line."""

@@ -17,17 +17,9 @@ from typing import Any
 import pytest
 
 from fl_edge.checkpoints import load_checkpoint
-from fl_edge.link.local import LocalGrid
-from simulations.client_app import app
 from simulations.launch import APP, stop_superlink, superlink_family
-from simulations.mergesfl import run_mergesfl
-from simulations.scenario import read_scenario
+from tests.scenarios import SMALL, locally
 from tests.tiny import same_bits
-
-SMALL: dict[str, Any] = {
-    "rounds": 4, "devices": 4, "mergesfl.tau": 2, "mergesfl.batch_size": 8, "mergesfl.min_workers": 2,
-    "mergesfl.ingress_batches": 2, "data.alpha": 1.0,
-}  # fmt: skip
 
 
 def free_port() -> int:
@@ -69,16 +61,6 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
     made = Launcher(tmp_path, free_port())
     yield made
     stop_superlink(made.port)
-
-
-def locally(folder: Path, **overrides: Any) -> dict[str, Any]:
-    """Run the same scenario on a LocalGrid and return its last checkpoint's weights and record."""
-    config = {**SMALL, "runs": str(folder), "name": "local", **overrides}
-    scenario = read_scenario(config)
-    run_mergesfl(LocalGrid(app, scenario.devices, run_config=config), scenario)
-    kept = load_checkpoint(folder / "local" / "checkpoints")
-    assert kept is not None
-    return vars(kept)
 
 
 def test_flwr_run_ends_with_the_bits_of_a_local_grid(launcher: Launcher, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""A stock Flower App: FedAvg with PyTorch."""

@@ -1,0 +1,75 @@
+"""SuperLink and SuperNodes as processes of their own, with TLS and node keys, and Flower's own grid between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fl_edge.checkpoints import load_checkpoint
+from simulations.deployment import Deployment
+from simulations.launch import APP
+from simulations.processes import DeploymentError
+from tests.scenarios import SMALL, locally
+from tests.tiny import same_bits
+
+FEDAVG = Path(__file__).parent / "apps" / "fedavg"
+NODES = 4
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("deployment")
+    with Deployment(folder, NODES, environment={"FL_EDGE_CACHE": str(folder / "cache")}) as made:
+        yield made
+    assert not made.processes()
+
+
+def node_ids(deployment: Deployment) -> set[str]:
+    """Ids of the SuperNodes that the SuperLink takes for online."""
+    listed = json.loads(deployment.flwr("supernode", "list", "--format", "json"))
+    return {node["node-id"] for node in listed["nodes"] if node["status"] == "online"}
+
+
+def test_a_supernode_that_restarts_keeps_its_id(deployment: Deployment) -> None:
+    before = node_ids(deployment)
+    assert len(before) == NODES
+    deployment.restart(1)
+    assert node_ids(deployment) == before
+
+
+def test_a_stock_flower_app_runs(deployment: Deployment, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    config = {"num-server-rounds": 1, "nodes": NODES, "fraction-evaluate": 0.0, "model-path": str(model)}
+    outcome = deployment.run(FEDAVG, config)
+    assert outcome.status == "finished:completed", outcome.log
+    assert f"Received {NODES} results and 0 failures" in outcome.log
+    assert load_file(model)["fc.weight"].shape == (10, 128)
+    assert set(json.loads(model.with_suffix(".json").read_text())) == {"0", "1"}
+
+
+def test_mergesfl_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp_path: Path) -> None:
+    outcome = deployment.run(APP, {**SMALL, "rounds": 1, "runs": str(tmp_path), "name": "deployed"}, timeout_s=400)
+    assert outcome.status == "finished:completed", outcome.log
+    kept, local = load_checkpoint(tmp_path / "deployed" / "checkpoints"), locally(tmp_path, rounds=1)
+    assert kept is not None
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record == local["record"]
+
+
+def test_what_dies_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    with Deployment(tmp_path / "with a blank", nodes=1, secure=False) as deployment:
+        supernode, superlink = deployment.supernodes[0], deployment.superlink
+        run = deployment.start(FEDAVG, {"nodes": 2})  # waits for a second SuperNode
+        assert not run.status().startswith("finished")
+        supernode.process.kill()  # it alone: its SuperExec is an orphan now
+        supernode.process.wait()
+        with pytest.raises(DeploymentError, match=r"supernode-0 has ended with status -9; .*SuperNode ID"):
+            deployment.start(FEDAVG)
+        superlink.kill()
+        with pytest.raises(DeploymentError, match="superlink has ended with status -9; "):
+            run.wait()
+    assert not deployment.processes()
