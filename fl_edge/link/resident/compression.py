@@ -205,7 +205,7 @@ def _pieces(data: bytes, dtype: str, shape: tuple[int, ...], stype: str) -> list
     if stype == STYPE and 8 <= (end := 8 + int.from_bytes(data[:8], "little")) <= min(len(data), _MAX_HEADER):
         try:
             return [_Piece("", end, None), *_tensors(json.loads(data[8:end].decode()))]
-        except (AttributeError, KeyError, RecursionError, TypeError):
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):  # JSON, but not of safetensors
             pass
     raise ValueError("a compressed array has a damaged header")
 
@@ -218,10 +218,10 @@ def _tensors(header: dict[str, Any]) -> Iterator[_Piece]:
         shape = tuple(entry["shape"])
         integers = (start, end, *shape)
         if not all(type(number) is int and 0 <= number < 2**63 for number in integers) or len(shape) > _MAX_AXES:
-            raise ValueError("a compressed array has a damaged header")
+            raise ValueError(f"{name!r} has no offsets or no shape")
         is_float = entry["dtype"] == "F32" and start < end
         if start != position or end < start or (is_float and end - start != 4 * math.prod(shape)):
-            raise ValueError("a compressed array has a damaged header")
+            raise ValueError(f"{name!r} lies elsewhere")
         position = end
         yield _Piece(name, end - start, shape if is_float else None)
 
