@@ -6,13 +6,13 @@ from functools import lru_cache
 from typing import Any
 
 from flwr.app import Context
-from flwr.clientapp import ClientApp
 
 from fl_edge.clients.mergesfl import MergeSFLClient, Workload
 from fl_edge.data.partition import load_device
 from fl_edge.edge.costs import compute_seconds_per_sample, transfer_seconds_per_sample
 from fl_edge.edge.profiles import device_profile
 from fl_edge.errors import ConfigError
+from fl_edge.link.resident import ClientApp
 from fl_edge.models.images import build_model
 from fl_edge.models.split import feature_bytes
 from simulations.scenario import read_scenario

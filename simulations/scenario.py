@@ -17,6 +17,7 @@ from fl_edge.config import check, resolve, setting
 from fl_edge.data.config import DataConfig
 from fl_edge.edge.config import EdgeConfig
 from fl_edge.errors import ConfigError
+from fl_edge.link.resident.config import LinkConfig
 from fl_edge.mergesfl.config import MergeSFLConfig, released
 from fl_edge.models.config import ModelConfig
 from fl_edge.runs import saved_config
@@ -42,10 +43,12 @@ class MergeSFLScenario:
     resume: str = setting("", "run folder of a run that is to go on")
     patience_s: float = setting(60.0, "seconds to wait for the devices", low=0.0)
     exchange_timeout_s: float = setting(600.0, "seconds a device has to answer", low=0.0)
+    resident: bool = setting(True, "in a deployment, clients stay connected; else Flower's own grid is used")
     mergesfl: MergeSFLConfig = field(default_factory=MergeSFLConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     edge: EdgeConfig = field(default_factory=EdgeConfig)
+    link: LinkConfig = field(default_factory=LinkConfig)
 
     def contradictions(self) -> str | None:
         """Return what cannot hold together, or nothing."""
@@ -54,7 +57,7 @@ class MergeSFLScenario:
         return None
 
 
-_MAY_CHANGE = ("resume", "rounds", "patience_s", "exchange_timeout_s")
+_MAY_CHANGE = ("resume", "rounds", "patience_s", "exchange_timeout_s", "resident", "link.grace_s", "link.heartbeat_s")
 
 
 def read_scenario(run_config: Mapping[str, Any], *, on_device: bool = False) -> MergeSFLScenario:

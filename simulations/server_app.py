@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import TracebackType
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_edge.errors import FlEdgeError
+from fl_edge.link.resident.apps import resident_where_possible
 from simulations.mergesfl import run_mergesfl
 from simulations.scenario import read_scenario
 
@@ -33,6 +35,9 @@ class RunFailed(Exception):  # noqa: N818 - reads as the sentence that the termi
 def main(grid: Grid, context: Context) -> None:
     """Run the scenario that the run configuration names."""
     try:
-        run_mergesfl(grid, read_scenario(context.run_config))
+        scenario = read_scenario(context.run_config)
+        chosen = resident_where_possible(grid, config=scenario.link) if scenario.resident else nullcontext(grid)
+        with chosen as grid_to_use:
+            run_mergesfl(grid_to_use, scenario)
     except FlEdgeError as error:
         raise RunFailed(str(error)) from None

@@ -13,7 +13,8 @@ train.mergesfl_end         gradient of the last batch (or skip)   bottom weights
 
 The step is fused, gradient in and next features out, which halves the messages. A client process may not live from one
 message to the next: what it must know is in `Context.state`, its weights are in a file (`fl_edge.clients.cache`), and a
-lost autograd graph is computed again. Both ways give the same bits.
+lost autograd graph is computed again. A resident client (`fl_edge.link.resident`) keeps model and graph in memory and
+writes no file. Both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from fl_edge.clients.cache import WeightCache
 from fl_edge.errors import FlEdgeError, ReplyError
 from fl_edge.link.content import config_of, make_content, tensors_of
+from fl_edge.link.resident.staying import stays
 from fl_edge.mergesfl.bottoms import Turn, batch_indices, bottom_step, forward, repeat_forward
 
 STATE = "mergesfl"  # this client's record in Context.state
@@ -201,7 +203,8 @@ class MergeSFLClient:
         tag = f"{turn.server_round}/{step}/{work.device}"
         self._remember((context.run_id, context.node_id), _Live(tag, bottom, features))
         state["step"], state["tag"] = step, tag
-        state["digest"] = self._cache.save(context.run_id, context.node_id, bottom.state_dict())
+        # the next process needs a file; one that stays has the model itself, and a device's flash lasts longer
+        state["digest"] = "" if stays() else self._cache.save(context.run_id, context.node_id, bottom.state_dict())
         compute_s, transfer_s = self._costs(work, state)
         sent = {"device": work.device, "tag": tag, "compute_s": compute_s, "transfer_s": transfer_s}
         # int16 labels: the two bytes a label of the paper's traffic formula

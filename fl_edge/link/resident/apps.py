@@ -26,6 +26,7 @@ from fl_edge.link.resident.config import TLS, LinkConfig
 from fl_edge.link.resident.frames import Buffer
 from fl_edge.link.resident.grid import ResidentGrid, flower_security
 from fl_edge.link.resident.invitation import STAY, read_invitation
+from fl_edge.link.resident.staying import staying
 
 log = logging.getLogger("flwr.fl_edge")
 
@@ -94,9 +95,10 @@ def _stay(answer: Answer, message: Message, context: Context) -> Message:
     client = LinkClient(invitation)
     served = 0
     try:
-        for chunks in client.messages():
-            client.send(_reply(answer, chunks, context, compressor, invitation.max_message_bytes))
-            served += 1
+        with staying():
+            for chunks in client.messages():
+                client.send(_reply(answer, chunks, context, compressor, invitation.max_message_bytes))
+                served += 1
     finally:
         client.close("its process ends")
     left = ConfigRecord({"served": served, "reason": client.reason})

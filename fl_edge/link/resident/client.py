@@ -161,6 +161,7 @@ class LinkClient:
             ("grpc.max_send_message_length", -1),
             ("grpc.keepalive_time_ms", heartbeat_ms),
             ("grpc.keepalive_timeout_ms", heartbeat_ms),
+            ("grpc.http2.ping_timeout_ms", heartbeat_ms),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.min_reconnect_backoff_ms", max(1000, int(250 * own.grace_s))),  # the time a connection attempt has
             ("grpc.use_local_subchannel_pool", 1),  # a channel of one's own, not one that is backing off

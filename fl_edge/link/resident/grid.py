@@ -88,14 +88,14 @@ class ResidentGrid(Grid):
         self._inbox = Inbox(self._config.inbox_mib * 1024**2)
         listen = listen or os.environ.get(f"{ENVIRONMENT}LISTEN") or "127.0.0.1:0"
         self._server = LinkServer(self._config, listen, self._tls, self._on_message, self._on_end)
-        self._address = _address(listen, advertise or os.environ.get(f"{ENVIRONMENT}ADVERTISE"), self._server.port)
+        self.address = _address(listen, advertise or os.environ.get(f"{ENVIRONMENT}ADVERTISE"), self._server.port)
         self._numbers = count(1)
         self._compressors: dict[int, Compressor] = {}
         self._invitations: dict[str, int] = {}  # Flower's message id -> node
         self._lock = threading.Lock()  # Flower's grid is not made for several threads
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="fl_edge-watch", daemon=True).start()
-        log.info("clients stay connected: listening on port %d as %s", self._server.port, self._address)
+        log.info("clients stay connected: listening on port %d as %s", self._server.port, self.address)
 
     # --- opening and closing ---
 
@@ -204,7 +204,7 @@ class ResidentGrid(Grid):
         try:
             tokens = [self._server.admit(node) for node in nodes]
             invitations = [
-                make_invitation(node, token, self._address, authority, self._config)
+                make_invitation(node, token, self.address, authority, self._config)
                 for node, token in zip(nodes, tokens, strict=True)
             ]
             self._invitations.update(zip(self._flower.push_messages(invitations), nodes, strict=True))

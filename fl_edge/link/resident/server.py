@@ -285,6 +285,7 @@ def _options(config: LinkConfig) -> list[tuple[str, int]]:
         ("grpc.max_connection_idle_ms", 1000 * _HANDSHAKE_S),
         ("grpc.keepalive_time_ms", int(1000 * config.heartbeat_s)),
         ("grpc.keepalive_timeout_ms", int(1000 * config.heartbeat_s)),
+        ("grpc.http2.ping_timeout_ms", int(1000 * config.heartbeat_s)),
         ("grpc.http2.min_ping_interval_without_data_ms", int(500 * config.heartbeat_s)),
         ("grpc.http2.max_pings_without_data", 0),
     ]
