@@ -299,7 +299,12 @@ def test_only_known_schemes_are_taken() -> None:
 def test_a_whole_message_travels_compressed(scheme: Scheme) -> None:
     values = normal((40, 70))
     arrays = ArrayRecord(
-        {"a": Array(values), "b": Array(values.astype(np.int64)), "p": pack({"t": torch.from_numpy(values)})}
+        {
+            "a": Array(values),
+            "b": Array(values.astype(np.int64)),
+            "c": Array(values),
+            "p": pack({"t": torch.from_numpy(values)}),
+        }
     )
     message = Message(RecordDict({"arrays": arrays}), 1, "train")
     compressor = Compressor(scheme)
@@ -308,11 +313,12 @@ def test_a_whole_message_travels_compressed(scheme: Scheme) -> None:
         assert sum(map(len, parts)) < 0.85 * sum(len(array.data) for array in arrays.values())
         received = decode([b"".join(parts)]).content.array_records["arrays"]
         assert received["b"] == arrays["b"]
-        for key in "ap":
+        for key in "acp":
             assert (received[key].dtype, received[key].shape) == (arrays[key].dtype, arrays[key].shape)
         tolerance = steps(values) * 1.001 if scheme == "int8" else np.abs(values) * 2**-8
         assert (np.abs(received["a"].numpy() - values) <= tolerance).all()
         assert np.array_equal(unpack(received["p"])["t"].numpy(), received["a"].numpy())
+        assert received["c"] == received["a"]  # each with its own feedback
     elsewhere = encode(Message(RecordDict({"arrays": arrays}), 1, "evaluate"), compressor)
     assert elsewhere[1] == encode(message, Compressor(scheme))[1]  # nothing was left over for evaluate
 

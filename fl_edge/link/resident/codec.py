@@ -41,10 +41,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, Metadata, Metric
 
 from fl_edge.errors import ReplyError
 from fl_edge.link.packing import FastArray
-from fl_edge.link.resident.compression import SCHEMES, Buffer, Compressor, decompress
+from fl_edge.link.resident.compression import RAW, SCHEMES, Buffer, Compressor, decompress
 
 VERSION = 1
-RAW = "raw"
 
 _INT64, _UINT64 = 2**63, 2**64
 _MAX_TEXT = _MAX_AXES = 64
@@ -180,12 +179,12 @@ def decode(chunks: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Message
     Returns
     -------
     Message
-        Shares no memory with ``chunks``, except for an array that is one whole chunk of type ``bytes``.
+        Shares no memory with ``chunks``.
 
     Raises
     ------
     ReplyError
-        Anything that :func:`encode` would not have made.
+        Damaged or foreign bytes, whatever is in them; one line says what is wrong.
     """
     try:
         reader = _Reader(chunks)
@@ -329,7 +328,8 @@ def _check_metadata(values: Sequence[Any]) -> None:
 
 def _check_error(error: Any) -> None:
     code, reason = _sequence(error, 2, "error")
-    if type(code) is not int or not -_INT64 <= code < _INT64 or not isinstance(reason, str | None):
+    is_code = isinstance(code, int) and type(code) is not bool and -_INT64 <= code < _INT64
+    if not is_code or not isinstance(reason, str | None):
         raise ValueError(f"an error cannot have code {_shown(code)}, reason {_shown(reason)}")
 
 
