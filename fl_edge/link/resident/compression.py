@@ -238,20 +238,29 @@ def _row_width(shape: tuple[int, ...]) -> int:
 
 def _quantise(rows: Floats) -> tuple[Floats, NDArray[np.int8]] | None:
     """Return scales (rows,) and integers (rows, width), and leave in ``rows`` what they lack; or do nothing at all."""
-    peaks = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    step = max(1, _BLOCK // rows.shape[1])
+    blocks = [slice(start, start + step) for start in range(0, len(rows), step)]
+    peaks = np.concatenate([_peaks(rows[block]) for block in blocks])
     if not peaks.max() <= _LARGEST:  # also if it is NaN
         return None
     scales = np.maximum(peaks / np.float32(127), _SMALLEST_SCALE)
     integers = np.empty(rows.shape, np.int8)
-    step = max(1, _BLOCK // rows.shape[1])
-    for start in range(0, len(rows), step):
-        block, scale = rows[start : start + step], scales[start : start + step, None]
-        rounded = block / scale
+    for block in blocks:
+        scale = scales[block, None]
+        rounded = rows[block] / scale
         np.rint(rounded, out=rounded)
-        integers[start : start + step] = rounded
+        integers[block] = rounded
         rounded *= scale
-        block -= rounded
+        rows[block] -= rounded
     return scales, integers
+
+
+def _peaks(rows: Floats) -> Floats:
+    """Return the largest magnitude of each row, NaN if there is one."""
+    folded = np.abs(rows)
+    while (width := folded.shape[1]) > 1:  # folding; NumPy's own maximum of short rows takes ten times as long
+        folded = np.maximum(folded[:, : (width + 1) // 2], folded[:, width // 2 :])
+    return folded[:, 0]
 
 
 def _restore(scales: Floats, integers: NDArray[np.int8], width: int) -> Floats:
