@@ -77,10 +77,10 @@ class Position:
         ReplyError
             Anything else.
         """
-        messages, dot, parts = text.partition(".")
-        if len(text) > 32 or not dot or not (messages + parts).isascii() or not (messages + parts).isdecimal():
+        numbers = text.split(".")
+        if len(text) > 32 or len(numbers) != 2 or not all(each.isascii() and each.isdecimal() for each in numbers):
             raise ReplyError("a position must be two numbers with a dot between them")
-        return cls(int(messages or 0), int(parts or 0))
+        return cls(*map(int, numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +136,9 @@ def read_welcome(frame: Frame) -> tuple[bytes, Position]:
     """Return the token for the next connection, and how far the server has received."""
     token, messages, parts = _WELCOME.unpack(frame.payload)
     return token, Position(messages, parts)
+
+
+def read_farewell(frame: Frame) -> str:
+    """Return why the other end ends the session, as one printable line."""
+    text = bytes(frame.payload).decode(errors="replace")
+    return "".join(each if each.isprintable() else " " for each in text).strip()

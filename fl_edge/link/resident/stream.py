@@ -24,7 +24,7 @@ class _Outgoing:
         self.number = number
         self._buffers = [memoryview(part) for part in parts if len(part)]
         self._ends = list(accumulate(len(buffer) for buffer in self._buffers))
-        self.total = self._ends[-1]
+        self.total = self._ends[-1] if self._ends else 0
 
     def slices(self, start: int, end: int) -> list[Buffer]:
         """Return views of the bytes from start to end."""
@@ -116,10 +116,12 @@ class Stream:
         Raises
         ------
         ValueError
-            It is longer than `max_message_bytes`.
+            It is empty, or longer than `max_message_bytes`.
         """
         with self._changed:
             message = _Outgoing(self._numbered + 1, parts)
+            if not message.total:
+                raise ValueError("a message without a byte cannot be sent")
             if message.total > self._max_message_bytes:
                 raise ValueError(
                     f"a message of {message.total} bytes cannot be sent; it must be at most {self._max_message_bytes} "
@@ -143,29 +145,32 @@ class Stream:
 
     def frames(self, connection: int) -> Iterator[bytes]:
         """Yield what there is to send, waiting for more, until the connection ends or the farewell is said."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._due(connection))
-                if connection != self._connection or not self._open:
-                    return
-                self._acknowledge = False
-                acknowledged = self._received.messages
-                message, part = self._message_due(), self._next.parts
-                if message:
-                    start, end = part * self._frame_bytes, min((part + 1) * self._frame_bytes, message.total)
-                    done = end == message.total
-                    self._next = Position(message.number + 1) if done else Position(message.number, part + 1)
-                farewell = self._farewell
+        last = False
+        while not last:
+            frame, last = self._frame(connection)  # in a call of its own: a message must not live on in this generator
+            if frame:
+                yield frame
+
+    def _frame(self, connection: int) -> tuple[bytes, bool]:
+        """Wait for a frame to send, and return it, and whether it is the last one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._due(connection))
+            if connection != self._connection or not self._open:
+                return b"", True
+            self._acknowledge = False
+            acknowledged = self._received.messages
+            message, part = self._message_due(), self._next.parts
             if message:
-                payload = message.slices(start, end)
-                yield make_frame(
-                    Kind.DATA, acknowledged, payload, message=message.number, part=part, total=message.total
-                )
-            elif farewell is not None:
-                yield make_frame(Kind.FAREWELL, acknowledged, [farewell])
-                return
-            else:
-                yield make_frame(Kind.ACKNOWLEDGEMENT, acknowledged)
+                start, end = part * self._frame_bytes, min((part + 1) * self._frame_bytes, message.total)
+                done = end == message.total
+                self._next = Position(message.number + 1) if done else Position(message.number, part + 1)
+            farewell = self._farewell
+        if message:
+            number, total, payload = message.number, message.total, message.slices(start, end)
+            return make_frame(Kind.DATA, acknowledged, payload, message=number, part=part, total=total), False
+        if farewell is not None:
+            return make_frame(Kind.FAREWELL, acknowledged, [farewell]), True
+        return make_frame(Kind.ACKNOWLEDGEMENT, acknowledged), False
 
     def _due(self, connection: int) -> bool:
         gone = connection != self._connection or not self._open
