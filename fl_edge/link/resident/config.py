@@ -69,7 +69,7 @@ class TLS:
         read = []
         for file in (certificate, key, authority):
             try:
-                read.append(Path(file).expanduser().read_bytes())
+                read.append(Path(os.path.expanduser(file)).read_bytes())
             except OSError as error:
                 raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
             if b"-----BEGIN " not in read[-1]:

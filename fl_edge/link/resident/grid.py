@@ -112,6 +112,7 @@ class ResidentGrid(Grid):
         if not self._closed.is_set():
             self._closed.set()
             self._server.close(reason)
+            self._inbox.close()
 
     # --- Flower's Grid ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flwr.app import Message
 
@@ -14,7 +14,7 @@ class _Waiter:
     """A caller that waits for the replies to some messages."""
 
     missing: set[str]
-    replies: dict[str, Message] = field(default_factory=dict)
+    replies: dict[str, Message]
 
 
 class Inbox:
@@ -33,7 +33,8 @@ class Inbox:
         self._replies: dict[str, tuple[Message, int]] = {}
         self._bytes = 0
         self._waiters: list[_Waiter] = []
-        self._given_up: dict[str, None] = {}  # whose callers' time was over, oldest first
+        self._given_up: dict[str, None] = {}  # whose callers' time was over
+        self._closed = False
 
     def expect(self, asked: Message) -> None:
         """Note that a message was sent; its content is not looked at, and need not be there."""
@@ -50,7 +51,10 @@ class Inbox:
             return [asked for asked in self._open.values() if asked.metadata.dst_node_id == node_id]
 
     def settle(self, reply: Message, size: int = 0) -> None:
-        """Take in a reply of so many bytes, unless the message that it answers has one already."""
+        """Take in a reply of so many bytes, unless the message that it answers has one already.
+
+        A reply of no bytes does not wait for room: it is an error that this end has found itself.
+        """
         message_id = reply.metadata.reply_to_message_id
         with self._changed:
             if self._open.pop(message_id, None) is None:
@@ -65,13 +69,13 @@ class Inbox:
             self._replies[message_id] = reply, size
             self._bytes += size
             self._changed.notify_all()
-            self._changed.wait_for(self._has_room)
+            if size:
+                self._changed.wait_for(lambda: self._closed or self._has_room())
 
     def _has_room(self) -> bool:
-        while self._bytes > self._limit_bytes and self._given_up:
-            message_id = next(iter(self._given_up))
-            del self._given_up[message_id]
-            self._take(message_id)
+        for message_id in [each for each in self._replies if each in self._given_up]:
+            if self._bytes > self._limit_bytes:
+                self._take(message_id)
         return self._bytes <= self._limit_bytes
 
     def _take(self, message_id: str) -> Message | None:
@@ -102,15 +106,18 @@ class Inbox:
         """
         with self._changed:
             ids = list(dict.fromkeys(message_ids))
-            waiter = _Waiter(set(ids))
-            for message_id in ids:
-                if (reply := self._take(message_id)) is not None:
-                    waiter.replies[message_id] = reply
-                    waiter.missing.discard(message_id)
+            there = {each: reply for each in ids if (reply := self._take(each)) is not None}
+            waiter = _Waiter({each for each in ids if each in self._open}, there)
             self._waiters.append(waiter)
             try:
-                self._changed.wait_for(lambda: not waiter.missing, timeout)
+                self._changed.wait_for(lambda: self._closed or not waiter.missing, timeout)
             finally:
                 self._waiters.remove(waiter)
                 self._given_up.update(dict.fromkeys(waiter.missing))
             return [waiter.replies[message_id] for message_id in ids if message_id in waiter.replies]
+
+    def close(self) -> None:
+        """Let nobody wait any longer, neither for a reply nor for room."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
