@@ -73,10 +73,16 @@ class Run:
         DeploymentError
             The SuperLink has died, or the run has not ended in time.
         """
-        # the stream ends with the run, or because the connection broke: the SuperLink has the last word
-        self.deployment.until(lambda: self.stream.process.poll() is not None, self.stream, timeout_s)
-        self.deployment.until(lambda: self.status().startswith("finished"), self.stream, timeout_s)
-        return Outcome(self.run_id, self.status(), self.log)
+        seen = ""
+
+        def ended() -> bool:
+            # the stream ends with the run, or because the connection broke: the SuperLink has the last word
+            nonlocal seen
+            seen = seen if self.stream.process.poll() is None else self.status()
+            return seen.startswith("finished")
+
+        self.deployment.until(ended, self.stream, timeout_s)
+        return Outcome(self.run_id, seen, self.log)
 
 
 class Deployment:
@@ -187,7 +193,10 @@ class Deployment:
                     raise
 
     def processes(self, command: str = "") -> list[Any]:
-        """Return all processes of this deployment (psutil.Process), or those of a command like `flwr-clientapp`."""
+        """Return all processes of this deployment (psutil.Process), or those of a command like `flwr-clientapp`.
+
+        One that is killed in its first two seconds was not at work yet: Flower starts another, half a minute later.
+        """
         return find(self._mark, command)
 
     def flwr(self, *arguments: str) -> str:
