@@ -5,9 +5,9 @@ Knows an address, a token and bytes; nothing of Flower.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +23,7 @@ from fl_edge.link.resident.frames import (
     Buffer,
     Frame,
     Kind,
+    read_farewell,
     read_frame,
     read_welcome,
 )
@@ -75,15 +76,20 @@ class LinkClient:
         self._invitation = invitation
         self._token = invitation.token
         self._stream = Stream(invitation.frame_bytes, invitation.max_message_bytes)
-        self._arrived: queue.Queue[list[Buffer] | None] = queue.Queue(_WAITING_MESSAGES)
+        self._changed = threading.Condition()
+        self._arrived: deque[list[Buffer]] = deque()
+        self._leaving = False  # nobody takes what arrives any more
+        self._stop = threading.Event()  # no connection shall be made any more
+        self._ended = threading.Event()
         self._call: grpc.Call | None = None
-        self._closed = threading.Event()
+        self._trouble = ""  # with the last connection
         threading.Thread(target=self._keep, name="fl_edge-link", daemon=True).start()
 
     def messages(self) -> Iterator[list[Buffer]]:
         """Yield the chunks of each message, until the session ends; then :attr:`reason` says why."""
-        while (chunks := self._arrived.get()) is not None:
+        while chunks := self._take():
             yield chunks
+            del chunks  # or it would live until the next message is there
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Queue an encoded message.
@@ -91,32 +97,61 @@ class LinkClient:
         Raises
         ------
         ValueError
-            It is too long.
+            It is empty or too long.
         """
         self._stream.send(parts)
 
     def close(self, reason: str, patience_s: float = 5.0) -> None:
-        """Leave: what was queued is sent, then the farewell; after `patience_s` the connection is cut."""
-        self.reason = self.reason or reason
+        """Leave: what was queued is sent, then the farewell; after `patience_s` the connection is cut.
+
+        What has arrived and was not taken is dropped.
+        """
+        with self._changed:
+            self.reason = self.reason or reason
+            self._leaving = True
+            self._arrived.clear()
+            self._changed.notify_all()
         self._stream.finish(reason)
-        if not self._closed.wait(patience_s) and self._call:
-            self._call.cancel()
+        if not self._ended.wait(patience_s):
+            self._stop.set()
+            if self._call:
+                self._call.cancel()
+
+    def _take(self) -> list[Buffer] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._ended.is_set())
+            if not self._arrived:
+                return None
+            self._changed.notify_all()
+            return self._arrived.popleft()
+
+    def _put(self, chunks: list[Buffer]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._arrived) < _WAITING_MESSAGES or self._leaving)
+            if not self._leaving:
+                self._arrived.append(chunks)
+                self._changed.notify_all()
+
+    def _end(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self._stop.set()
 
     def _keep(self) -> None:
         """Connect again and again, until the session has ended or the grace is over."""
+        own = self._invitation
         last_heard = time.monotonic()
         try:
-            while not self.reason:
+            while not self._stop.is_set():
                 began = time.monotonic()
                 if self._connect_once():
                     last_heard = time.monotonic()
-                elif time.monotonic() - last_heard > self._invitation.grace_s:
-                    self.reason = f"no connection to {self._invitation.address} for {self._invitation.grace_s:g} s"
-                if not self.reason:
-                    time.sleep(max(0.0, _RETRY_S - (time.monotonic() - began)))
+                elif time.monotonic() - last_heard > own.grace_s:
+                    self._end(f"no connection to {own.address} for {own.grace_s:g} s: {self._trouble}")
+                self._stop.wait(_RETRY_S - (time.monotonic() - began))
         finally:
-            self._closed.set()
-            self._arrived.put(None)
+            with self._changed:
+                self._ended.set()
+                self._changed.notify_all()
 
     def _connect_once(self) -> bool:
         """Serve one connection until it ends, and return whether the server was there."""
@@ -130,6 +165,8 @@ class LinkClient:
             outgoing = _Outgoing(self._stream)
             method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD)
             self._call = call = method(iter(outgoing), metadata=metadata)
+            if self._stop.is_set():  # `close` may have seen the call before
+                call.cancel()
             try:
                 for data in call:
                     frame = read_frame(data)
@@ -139,19 +176,24 @@ class LinkClient:
                         self._stream.acknowledge()  # tells the server that the new token is here
                         welcomed = True
                     elif frame.kind == Kind.FAREWELL:
-                        self.reason = bytes(frame.payload).decode(errors="replace")
+                        self._end(read_farewell(frame))
                         return True
-                    elif chunks := self._stream.receive(frame):
-                        self._arrived.put(chunks)
+                    else:
+                        self._receive(frame)
             except grpc.RpcError as error:
+                self._trouble = " ".join((error.details() or error.code().name).split())
                 if error.code() in _FINAL:
-                    self.reason = f"the server at {self._invitation.address} refused this client"
+                    self._end(f"the server at {self._invitation.address} refused this client")
             except ReplyError as error:
-                self.reason = f"the server sent what cannot be: {error}"
+                self._end(f"the server sent what cannot be: {error}")
             finally:
                 outgoing.end()
                 call.cancel()
         return welcomed
+
+    def _receive(self, frame: Frame) -> None:
+        if chunks := self._stream.receive(frame):
+            self._put(chunks)
 
     def _channel(self) -> grpc.Channel:
         own = self._invitation

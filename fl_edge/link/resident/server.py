@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from fl_edge.config import check
 from fl_edge.errors import ConfigError, ReplyError
 from fl_edge.link.resident.config import TLS, LinkConfig
 from fl_edge.link.resident.frames import (
@@ -24,9 +25,11 @@ from fl_edge.link.resident.frames import (
     POSITION_KEY,
     TOKEN_KEY,
     Buffer,
+    Frame,
     Kind,
     Position,
     make_welcome,
+    read_farewell,
     read_frame,
 )
 from fl_edge.link.resident.stream import Stream
@@ -48,6 +51,15 @@ class Session:
         self.tokens = Tokens()
         self.connections = 0  # that were ever made
         self.connected = False
+        self.busy = False  # with a message from it
+        self.expiry: threading.Timer | None = None  # runs while it is cut
+
+    def part(self, reason: str) -> None:
+        """Accept no connection any more; say farewell on the one that stands."""
+        self.tokens.void()
+        self.stream.finish(reason)
+        if self.expiry:
+            self.expiry.cancel()
 
 
 class LinkServer:
@@ -65,12 +77,13 @@ class LinkServer:
         Called with a node and the chunks of a message from it, in a thread of that node. As long as it does not return,
         no more is read from the node.
     on_end
-        Called once for a session that ended without :meth:`release`: with the node and the reason.
+        Called once for a session that ended by itself (not by :meth:`release`, :meth:`close` or another :meth:`admit`):
+        with the node and the reason. What it had sent and was not taken in by then is dropped.
 
     Raises
     ------
     ConfigError
-        The address cannot be listened on, or the certificate does not work.
+        A setting is out of range, the address cannot be listened on, or the certificate does not work.
     """
 
     def __init__(
@@ -81,6 +94,7 @@ class LinkServer:
         on_message: Callable[[int, Sequence[Buffer]], None],
         on_end: Callable[[int, str], None],
     ) -> None:
+        check(config)
         self._config = config
         self._on_message = on_message
         self._on_end = on_end
@@ -97,6 +111,8 @@ class LinkServer:
 
     def _listen(self, listen: str, tls: TLS | None) -> int:
         try:
+            if not 0 <= int(listen.rpartition(":")[2]) < 2**16:  # gRPC would take the remainder
+                raise ValueError
             if tls is None:
                 return self._server.add_insecure_port(listen)
             credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)])
@@ -124,7 +140,7 @@ class LinkServer:
             session = self._sessions[node_id] = Session(node_id, self._config)
             token = session.tokens.issue()
         if old:
-            self._part(old, "another session was begun for this node")
+            old.part("another session was begun for this node")
         return token
 
     def send(self, node_id: int, parts: Sequence[Buffer]) -> None:
@@ -151,7 +167,7 @@ class LinkServer:
         with self._changed:
             session = self._sessions.pop(node_id, None)
         if session:
-            self._part(session, reason)
+            session.part(reason)
 
     def expel(self, node_id: int, reason: str) -> None:
         """End a session as if the node had been lost: `on_end` is called."""
@@ -164,17 +180,13 @@ class LinkServer:
             sessions = list(self._sessions.values())
             self._sessions.clear()
         for session in sessions:
-            self._part(session, reason)
+            session.part(reason)
         deadline = time.monotonic() + patience_s
         with self._changed:
             self._changed.wait_for(lambda: not any(each.connected for each in sessions), deadline - time.monotonic())
-        self._server.stop(patience_s).wait()
+        self._server.stop(max(0.0, deadline - time.monotonic())).wait()
 
     # --- sessions ---
-
-    def _part(self, session: Session, reason: str) -> None:
-        session.tokens.void()
-        session.stream.finish(reason)
 
     def _end(self, session: Session, reason: str) -> None:
         """End a session that was not released."""
@@ -182,7 +194,7 @@ class LinkServer:
             if self._sessions.get(session.node_id) is not session:
                 return
             del self._sessions[session.node_id]
-        self._part(session, reason)
+        session.part(reason)
         self._on_end(session.node_id, reason)
 
     def _stay(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -200,10 +212,13 @@ class LinkServer:
                 context.abort(grpc.StatusCode.FAILED_PRECONDITION, "out of step")
             session.connections += 1
             session.connected = True
+            if session.expiry:
+                session.expiry.cancel()
+            self._changed.notify_all()
             welcome = make_welcome(session.tokens.issue(used=token), session.stream.received)
         if not context.add_callback(partial(self._disconnected, session, connection)):
             self._disconnected(session, connection)  # it is gone already
-        reader = partial(self._read, session, requests, context)
+        reader = partial(self._read, session, connection, requests, context)
         threading.Thread(target=reader, name=f"fl_edge-read-{session.node_id}", daemon=True).start()
         return _after(welcome, session.stream.frames(connection))
 
@@ -220,27 +235,43 @@ class LinkServer:
             good, position = False, Position()
         return (session if good else None), token, position
 
-    def _read(self, session: Session, requests: Iterator[bytes], context: Any) -> None:
+    def _read(self, session: Session, connection: int, requests: Iterator[bytes], context: Any) -> None:
         """Take in what a node sends on one connection."""
         try:
             for data in requests:
                 frame = read_frame(data)
-                with self._changed:
-                    if self._sessions.get(session.node_id) is session:
-                        session.tokens.confirm()
                 if frame.kind == Kind.FAREWELL:
-                    self._end(session, f"the node left: {bytes(frame.payload).decode(errors='replace')}")
-                    return
+                    self._end(session, f"the node left: {read_farewell(frame)}")
+                    return  # the call ends when the farewell has been answered
                 if frame.kind == Kind.WELCOME:
                     raise ReplyError("only a server welcomes")
-                if chunks := session.stream.receive(frame):
-                    self._on_message(session.node_id, chunks)
+                self._receive(session, connection, frame)
         except ReplyError as error:
             self._end(session, f"the node sent what cannot be: {error}")
         except grpc.RpcError:
-            pass  # the connection broke; the callback of its context knows
+            return  # the connection broke; the callback of its context knows
+        except Exception as error:
+            log.exception("a message from node %d could not be taken in", session.node_id)
+            self._end(session, f"its message could not be taken in: {type(error).__name__}")
+        context.cancel()
+
+    def _receive(self, session: Session, connection: int, frame: Frame) -> None:
+        """Take in a frame, when those before it have been taken in, be it from an older connection."""
+        with self._changed:
+            if connection == session.connections:
+                session.tokens.confirm()
+            self._changed.wait_for(lambda: not session.busy or connection != session.connections)
+            if connection != session.connections:
+                return  # it comes again on the newer connection
+            session.busy = True
+        try:
+            chunks = session.stream.receive(frame)
+            if chunks and self._sessions.get(session.node_id) is session:
+                self._on_message(session.node_id, chunks)
         finally:
-            context.cancel()
+            with self._changed:
+                session.busy = False
+                self._changed.notify_all()
 
     def _disconnected(self, session: Session, connection: int) -> None:
         """Give a node that lost its connection time to come back."""
@@ -250,11 +281,11 @@ class LinkServer:
             session.connected = False
             self._changed.notify_all()
             if self._sessions.get(session.node_id) is not session:
-                return  # it was released
-        reason = f"no connection for {self._config.grace_s:g} s"
-        timer = threading.Timer(self._config.grace_s, self._expire, (session, connection, reason))
-        timer.daemon = True
-        timer.start()
+                return  # it has ended
+            reason = f"no connection for {self._config.grace_s:g} s"
+            session.expiry = threading.Timer(self._config.grace_s, self._expire, (session, connection, reason))
+            session.expiry.daemon = True
+            session.expiry.start()
 
     def _expire(self, session: Session, connection: int, reason: str) -> None:
         if not session.connected and session.connections == connection:
