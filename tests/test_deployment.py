@@ -52,8 +52,10 @@ def test_a_stock_flower_app_runs(deployment: Deployment, tmp_path: Path) -> None
 
 
 def test_mergesfl_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp_path: Path) -> None:
-    outcome = deployment.run(APP, {**SMALL, "rounds": 1, "runs": str(tmp_path), "name": "deployed"}, timeout_s=400)
+    config = {**SMALL, "rounds": 1, "resident": False, "runs": str(tmp_path), "name": "deployed"}
+    outcome = deployment.run(APP, config, timeout_s=400)
     assert outcome.status == "finished:completed", outcome.log
+    assert "clients stay connected" not in outcome.log
     kept, local = load_checkpoint(tmp_path / "deployed" / "checkpoints"), locally(tmp_path, rounds=1)
     assert kept is not None
     assert same_bits(kept.weights, local["weights"])

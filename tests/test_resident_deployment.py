@@ -1,0 +1,148 @@
+"""Resident clients on a real SuperLink and real SuperNodes, with TLS and node keys; processes get killed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from fl_edge.checkpoints import load_checkpoint
+from simulations.deployment import Deployment, Run
+from simulations.launch import APP
+from tests.scenarios import SMALL, locally
+from tests.tiny import same_bits
+
+FEDAVG = Path(__file__).parent / "apps" / "fedavg"
+NODES = 4
+QUICK = {"link.grace_s": 1.0, "link.heartbeat_s": 1.0}
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("resident")
+    with Deployment(folder, NODES, environment={"FL_EDGE_CACHE": str(folder / "cache")}) as made:
+        yield made
+    assert not made.processes()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the rounds that a run has written down."""
+    file = folder / "rounds.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def until(condition: Callable[[], object], run: Run, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, run.log
+        assert not run.status().startswith("finished"), run.log
+        time.sleep(0.05)
+
+
+def test_mergesfl_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp_path: Path) -> None:
+    outcome = deployment.run(APP, {**SMALL, "rounds": 3, "runs": str(tmp_path), "name": "deployed"})
+    assert outcome.status == "finished:completed", outcome.log
+    assert "clients stay connected" in outcome.log
+    kept, local = load_checkpoint(tmp_path / "deployed" / "checkpoints"), locally(tmp_path, rounds=3)
+    assert kept is not None
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record == local["record"]
+    assert not list((deployment.folder / "cache").rglob("*.safetensors"))  # models stayed in memory
+    assert len(re.findall("Receiving: query.fl_edge_stay", logs(deployment))) == NODES
+    assert len(re.findall("Receiving: ", logs(deployment))) == NODES  # nothing else went by Flower's way
+    no_secrets(deployment, tmp_path / "deployed")
+
+
+def logs(deployment: Deployment) -> str:
+    return "".join(file.read_text(errors="replace") for file in (deployment.folder / "logs").glob("supernode*"))
+
+
+def no_secrets(deployment: Deployment, run_folder: Path) -> None:
+    keys = [
+        file.read_text() for file in deployment.folder.rglob("*") if file.is_file() and b"PRIVATE KEY" in head(file)
+    ]
+    assert len(keys) > NODES
+    secrets = [line for key in keys for line in key.splitlines() if len(line) > 40]
+    for file in [*(deployment.folder / "logs").iterdir(), *run_folder.rglob("*")]:
+        text = file.read_text(errors="replace") if file.is_file() else ""
+        assert "token" not in text, file
+        assert not [secret for secret in secrets if secret in text], file
+
+
+def head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(100)
+
+
+def test_a_stock_app_stays_with_two_changed_lines(deployment: Deployment, tmp_path: Path) -> None:
+    changed = {
+        "client_app.py": ("from flwr.clientapp import ClientApp", "from fl_edge.link.resident import ClientApp"),
+        "server_app.py": (
+            "from flwr.serverapp import Grid, ServerApp",
+            "from fl_edge.link.resident import Grid, ServerApp",
+        ),
+    }
+    app = tmp_path / "app"
+    shutil.copytree(FEDAVG, app)
+    for name, (stock, resident) in changed.items():
+        (file,) = app.rglob(name)
+        before = file.read_text().splitlines()
+        assert before.count(stock) == 1
+        file.write_text("\n".join(resident if line == stock else line for line in before) + "\n")
+    models = {}
+    for folder in (app, FEDAVG):
+        model = tmp_path / f"{folder.name}.safetensors"
+        config = {"num-server-rounds": 1, "nodes": NODES, "fraction-evaluate": 0.0, "model-path": str(model)}
+        outcome = deployment.run(folder, config)
+        assert outcome.status == "finished:completed", outcome.log
+        assert ("clients stay connected" in outcome.log) == (folder == app)
+        models[folder] = load_file(model)
+    assert same_bits(models[FEDAVG], models[app])
+
+
+def test_a_client_killed_in_a_round_is_written_down_and_the_run_goes_on(deployment: Deployment, tmp_path: Path) -> None:
+    run = deployment.start(
+        APP, {**SMALL, **QUICK, "mergesfl.tau": 6, "rounds": 60, "runs": str(tmp_path), "name": "killed"}
+    )
+    until(lambda: len(lines(tmp_path / "killed")) > 2, run)
+    device = lines(tmp_path / "killed")[-1]["devices"][0]
+    client_of(deployment, int(device.rpartition("-")[2])).kill()
+    outcome = run.wait(400)
+    assert outcome.status == "finished:completed", outcome.log
+    told = lines(tmp_path / "killed")
+    assert [line["server_round"] for line in told] == list(range(1, 61))
+    (loss,) = [loss for line in told for loss in line["lost"]]
+    assert loss["device"] == device
+    assert "is not connected" in loss["why"]
+    assert device in told[-1]["devices"] or device in told[-2]["devices"]  # Flower has started it again
+
+
+def client_of(deployment: Deployment, index: int) -> psutil.Process:
+    """Return the ClientApp's process that the SuperNode of this number has started."""
+    supernode = psutil.Process(deployment.supernodes[index].process.pid)
+    (client,) = [each for each in supernode.children(recursive=True) if "flwr-clientapp" in " ".join(each.cmdline())]
+    return client
+
+
+def test_clients_leave_a_server_app_that_was_killed_and_serve_the_next_run(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    config = {**SMALL, **QUICK, "runs": str(tmp_path)}
+    run = deployment.start(APP, {**config, "rounds": 1000, "name": "killed"})
+    until(lambda: len(lines(tmp_path / "killed")) > 2, run)
+    clients = deployment.processes("flwr-clientapp")
+    assert len(clients) == NODES
+    (server_app,) = deployment.processes("flwr-serverapp")
+    server_app.kill()
+    until(lambda: not deployment.processes("flwr-clientapp"), run)
+    outcome = deployment.run(APP, {**config, "rounds": 2, "name": "next"})
+    assert outcome.status == "finished:completed", outcome.log
+    assert run.wait().status == "finished:failed"
