@@ -228,10 +228,11 @@ def test_what_is_no_array_is_refused_by_name(field: str, value: Any) -> None:
 
 
 def test_other_things_that_cannot_be_sent() -> None:
-    message = typical()
-    message.metadata.dst_node_id = -1
-    with pytest.raises(ValueError, match=r"^dst_node_id cannot be -1$"):
-        encode(message)
+    for node in (-1, 2**64):
+        message = typical()
+        message.metadata.dst_node_id = node
+        with pytest.raises(ValueError, match=rf"^dst_node_id cannot be {node}$"):
+            encode(message)
     message = typical()
     message.metadata.group_id = "\ud800"
     with pytest.raises(ValueError, match=r"^text is not Unicode$"):

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import save
 
 from fl_edge.errors import ReplyError
 from fl_edge.link.local import identify_process
@@ -23,7 +24,21 @@ identify_process(1)
 Scheme = Literal["bf16", "int8"]
 Floats = NDArray[np.float32]
 WHERE = ("train", "arrays", "w")
-SHAPES = [(1,), (7,), (1024,), (1025,), (3000,), (5, 3), (2, 63), (2, 64), (3, 5, 13), (4, 4096), (2, 4097), (1, 1, 1)]
+SHAPES = [
+    (1,),
+    (7,),
+    (1024,),
+    (1025,),
+    (3000,),
+    (5, 3),
+    (2, 63),
+    (2, 64),
+    (3, 5, 13),
+    (3, 2, 64),
+    (4, 4096),
+    (2, 4097),
+    (1, 1, 1),
+]
 ANY_BITS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40).map(
     lambda bits: np.array(bits, "<u4").view("<f4")
 )
@@ -287,6 +302,12 @@ def test_all_else_travels_as_it_is(scheme: Scheme, array: Array) -> None:
     compressor = Compressor(scheme)
     assert through(compressor, array)[0] == "raw"
     assert compressor.residual_bytes == 0
+
+
+def test_a_packed_array_may_hold_a_description() -> None:
+    data = save({"t": torch.ones(5)}, {"format": "pt"})
+    encoding, received = through(Compressor("bf16"), Array("uint8", (len(data),), "safetensors", data))
+    assert (encoding, received.data) == ("bf16", data)
 
 
 def test_only_known_schemes_are_taken() -> None:

@@ -216,8 +216,7 @@ def _tensors(header: dict[str, Any]) -> Iterator[_Piece]:
     entries = [(entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__"]
     for (start, end), name, entry in sorted(entries, key=lambda item: item[0]):
         shape = tuple(entry["shape"])
-        integers = (start, end, *shape)
-        if not all(type(number) is int and 0 <= number < 2**63 for number in integers) or len(shape) > _MAX_AXES:
+        if not all(type(number) is int and number >= 0 for number in (start, end, *shape)) or len(shape) > _MAX_AXES:
             raise ValueError(f"{name!r} has no offsets or no shape")
         is_float = entry["dtype"] == "F32" and start < end
         if start != position or end < start or (is_float and end - start != 4 * math.prod(shape)):
