@@ -36,10 +36,13 @@ from fl_edge.link.resident.stream import Stream
 from fl_edge.link.resident.tokens import Tokens
 
 log = logging.getLogger("flwr.fl_edge")
+# gRPC logs a traceback for each path or header that is not UTF-8: any stranger could fill the log with them
+logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "Invalid encoding" not in str(record.msg))
 
 _SPARE_CALLS = 16  # calls at once beyond one a node: reconnections, and peers that will be refused
 _HANDSHAKE_S = 10  # for TLS and HTTP/2; a connection without a call is closed after as long
 _METADATA_BYTES = 4096
+_CANCEL_S = 1.0  # for calls to end that were cut off; gRPC itself waits until a frozen peer misses a heartbeat
 
 
 class Session:
@@ -184,7 +187,8 @@ class LinkServer:
         deadline = time.monotonic() + patience_s
         with self._changed:
             self._changed.wait_for(lambda: not any(each.connected for each in sessions), deadline - time.monotonic())
-        self._server.stop(max(0.0, deadline - time.monotonic())).wait()
+        remaining = max(0.0, deadline - time.monotonic())
+        self._server.stop(remaining).wait(remaining + _CANCEL_S)
 
     # --- sessions ---
 
