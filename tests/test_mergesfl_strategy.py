@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from flwr.clientapp import ClientApp
 from fl_edge.checkpoints import load_checkpoint
 from fl_edge.clients.cache import WeightCache
 from fl_edge.clients.mergesfl import MergeSFLClient, Workload
+from fl_edge.edge.config import EdgeConfig
 from fl_edge.errors import ConfigError, TrainingError
 from fl_edge.link import Fault, LocalGrid
 from fl_edge.link.content import config_of, make_content, tensors_of
@@ -325,3 +327,32 @@ def test_measured_time_replaces_profiles_where_a_workload_has_none(tmp_path: Pat
     strategy, reports = run(app, rounds=2)
     assert all(seconds > 0 for report in reports for seconds in report.iteration_s)
     assert all(device.compute_s > 0 and device.transfer_s == 0 for device in strategy.state.devices.values())
+
+
+class SlowLinks(LocalGrid):
+    """A grid that sees when replies arrive, as ResidentGrid does; each node's way takes so many seconds more."""
+
+    way_s = 0.25
+
+    def turnaround_s(self, reply: Message) -> float:
+        return float(config_of(reply)["handled_s"]) + self.way_s * reply.metadata.src_node_id
+
+
+@pytest.mark.parametrize("clock", ["real", "virtual"])
+def test_transfer_is_measured_where_the_grid_sees_arrivals(tmp_path: Path, clock: str) -> None:
+    model = make_model(seed=99)
+
+    def load(context: Context) -> Workload:
+        played = workload(int(context.node_config["partition-id"]), model)
+        return replace(played, costs=None) if clock == "real" else played
+
+    app = ClientApp()
+    MergeSFLClient(load, cache=WeightCache(tmp_path)).register(app)
+    strategy = make_strategy(selection="all", batches="equal")
+    strategy.edge = EdgeConfig(clock=clock, count_bottom_transfer=False)
+    reports: list[RoundReport] = []
+    strategy.observers.append(reports.append)
+    strategy.start(SlowLinks(app, 4), num_rounds=1)
+    for index, size in enumerate(reports[0].batch_sizes):
+        measured = strategy.state.devices[f"device-{index}"].transfer_s
+        assert measured == pytest.approx(0.25 * (index + 1) / size if clock == "real" else 0.0021)

@@ -91,6 +91,7 @@ def test_replies_carry_what_flower_puts_in(flower: ThreadFlower) -> None:
         assert (meta.group_id, meta.message_type) == ("7", "evaluate")
         assert meta.message_id not in ("", asked.message_id)
         assert 0 < meta.ttl <= 100
+        assert 0 < grid.turnaround_s(reply) < BARRIER_S
 
 
 def test_push_and_pull(flower: ThreadFlower) -> None:

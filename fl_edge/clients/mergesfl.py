@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fl_edge.clients.cache import WeightCache
 from fl_edge.errors import FlEdgeError, ReplyError
-from fl_edge.link.content import config_of, make_content, tensors_of
+from fl_edge.link.content import CONFIG, config_of, make_content, tensors_of
 from fl_edge.link.resident.staying import stays
 from fl_edge.mergesfl.bottoms import Turn, batch_indices, bottom_step, forward, repeat_forward
 
@@ -57,7 +57,8 @@ class Workload:
         Sample indices (d,) int64 -> model inputs (d, ...).
     costs
         Round -> (seconds of compute, seconds of transfer) for one sample, as a device profile tells them; without it
-        compute is measured and transfer counts as free.
+        compute is measured here, and transfer by the server if its grid sees when replies arrive (ResidentGrid does;
+        else it counts as free).
     threads
         Threads of torch; sums come out in another order, and so with other last bits, when it changes.
     """
@@ -117,12 +118,14 @@ class MergeSFLClient:
         """Turn what fl_edge raises on purpose into an answer of one line, which the server can print."""
 
         def answer(message: Message, context: Context) -> Message:
+            started = time.perf_counter()
             try:
                 work = self._load(context)
                 torch.set_num_threads(work.threads)
                 content = handler(message, context, work)
             except FlEdgeError as error:
                 content = make_content({"refused": str(error)})
+            content.config_records[CONFIG]["handled_s"] = time.perf_counter() - started
             return Message(content, reply_to=message)
 
         return answer

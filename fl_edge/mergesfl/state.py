@@ -47,7 +47,8 @@ class ControlState:
         _check_costs(compute_s, transfer_s)
         known = self.devices[device]
         known.compute_s = smooth(known.compute_s, compute_s, smoothing)
-        known.transfer_s = smooth(known.transfer_s, transfer_s, smoothing)
+        # a device cannot tell its transfer time before the first exchange: it begins at 0, which is no observation
+        known.transfer_s = smooth(known.transfer_s or None, transfer_s, smoothing)
 
     def meet(self, device: str, labels: Sequence[int], compute_s: float, transfer_s: float) -> bool:
         """Take a device's description, and tell whether it is new.

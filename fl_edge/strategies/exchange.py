@@ -18,6 +18,7 @@ class Answers:
     """What came back, by node id."""
 
     replies: dict[int, Message] = field(default_factory=dict)
+    turnaround_s: dict[int, float] = field(default_factory=dict)  # from message to reply, where the grid tells
     refusals: dict[int, str] = field(default_factory=dict)  # one line each: why there is no answer to use
 
 
@@ -33,6 +34,7 @@ def ask(grid: Grid, messages: Iterable[Message], timeout: float | None) -> Answe
     """
     sent = list(messages)  # Flower's grids go through them twice
     answers = Answers()
+    turnaround_s = getattr(grid, "turnaround_s", None)  # ResidentGrid sees when replies arrive; Flower's grids poll
     for reply in grid.send_and_receive(sent, timeout=timeout):
         node = reply.metadata.src_node_id
         if reply.has_error():
@@ -42,6 +44,8 @@ def ask(grid: Grid, messages: Iterable[Message], timeout: float | None) -> Answe
             answers.refusals[node] = str(config["refused"])
         else:
             answers.replies[node] = reply
+            if turnaround_s is not None:
+                answers.turnaround_s[node] = turnaround_s(reply)
     for message in sent:
         node = message.metadata.dst_node_id
         if node not in answers.replies and node not in answers.refusals:

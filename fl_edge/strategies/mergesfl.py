@@ -244,8 +244,8 @@ class MergeSFL(Strategy):
             reply = by_node[member.node]
             try:
                 state, config = checked_weights(tensors_of(reply), self.model.bottom.state_dict()), config_of(reply)
-                compute_s, transfer_s = float(config["compute_s"]), float(config["transfer_s"])
-                self.state.observe(member.device, compute_s, transfer_s, self.config.smoothing)
+                transfer_s = float(config["transfer_s"]) if self.edge.clock == "virtual" else member.transfer_s
+                self.state.observe(member.device, float(config["compute_s"]), transfer_s, self.config.smoothing)
             except (ReplyError, KeyError, TypeError, ValueError) as error:
                 log.warning("round %d: the bottom of %s is not used: %s", server_round, member.device, error)
                 continue

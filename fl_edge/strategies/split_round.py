@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -111,7 +112,8 @@ class SplitRound:
                 if config.get("tag") != due:
                     raise ReplyError(f"it sent batch {config.get('tag')}; batch {due} was due")
                 features, labels = checked_batch(tensors, member.batch_size, self.feature_shape, self.num_classes)
-                member.compute_s, member.transfer_s = float(config["compute_s"]), float(config["transfer_s"])
+                member.compute_s = float(config["compute_s"])
+                member.transfer_s = self._transfer_s(member, config, answers, step)
             except (ReplyError, KeyError, TypeError, ValueError) as error:
                 self._lose(member, step, str(error))
                 continue
@@ -119,6 +121,15 @@ class SplitRound:
             batches.append(_Batch(due, features, labels))
         self._account()
         return batches
+
+    def _transfer_s(self, member: Member, config: Mapping[str, Any], answers: Answers, step: int) -> float:
+        """Return beta_i: what the device's profile says, or what the exchange took beyond the device's own work."""
+        turnaround_s = answers.turnaround_s.get(member.node)
+        if self.edge.clock != "real" or turnaround_s is None:
+            return float(config["transfer_s"])
+        if step == 0:  # the bottom's way down is in there as well
+            return member.transfer_s
+        return max(0.0, turnaround_s - float(config["handled_s"])) / member.batch_size
 
     def _update(self, batches: Sequence[_Batch], step: int) -> list[Tensor]:
         done = top_step(self.top, [b.features for b in batches], [b.labels for b in batches], self.learning_rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from itertools import count
 from types import TracebackType
@@ -66,6 +67,11 @@ class ResidentGrid(Grid):
     ------
     ConfigError
         No certificate though Flower has one, or an address that cannot be used.
+
+    Attributes
+    ----------
+    address : str
+        ``host:port`` that devices are told.
     """
 
     def __init__(
@@ -87,8 +93,9 @@ class ResidentGrid(Grid):
             )
         self._inbox = Inbox(self._config.inbox_mib * 1024**2)
         listen = listen or os.environ.get(f"{ENVIRONMENT}LISTEN") or "127.0.0.1:0"
+        host = _host(listen, advertise or os.environ.get(f"{ENVIRONMENT}ADVERTISE"))
         self._server = LinkServer(self._config, listen, self._tls, self._on_message, self._on_end)
-        self.address = _address(listen, advertise or os.environ.get(f"{ENVIRONMENT}ADVERTISE"), self._server.port)
+        self.address = host if _has_port(host) else f"{host}:{self._server.port}"
         self._numbers = count(1)
         self._compressors: dict[int, Compressor] = {}
         self._invitations: dict[str, int] = {}  # Flower's message id -> node
@@ -181,6 +188,11 @@ class ResidentGrid(Grid):
         """
         return self._inbox.wait(self.push_messages(messages), timeout)
 
+    @staticmethod
+    def turnaround_s(reply: Message) -> float:
+        """Return the seconds from sending a message to the arrival of this, its reply."""
+        return float(reply.__dict__["_turnaround_s"])
+
     # --- sending ---
 
     def _encode(self, message: Message) -> list[Buffer]:
@@ -216,6 +228,7 @@ class ResidentGrid(Grid):
 
     def _send(self, message: Message, parts: Sequence[Buffer]) -> None:
         asked = Message(metadata=message.metadata, content=RecordDict())  # type: ignore[call-overload]
+        asked.__dict__["_sent_at"] = time.monotonic()
         self._inbox.expect(asked)
         try:
             self._server.send(message.metadata.dst_node_id, parts)
@@ -225,6 +238,7 @@ class ResidentGrid(Grid):
     # --- receiving; in threads of the server ---
 
     def _on_message(self, node_id: int, chunks: Sequence[Buffer]) -> None:
+        arrived_at = time.monotonic()
         reply = decode(chunks)
         asked = self._inbox.asked(reply.metadata.reply_to_message_id)
         if asked is None or asked.metadata.dst_node_id != node_id:
@@ -240,6 +254,7 @@ class ResidentGrid(Grid):
             _src_task_id=meta.dst_task_id,
             _dst_task_id=meta.src_task_id,
         )
+        reply.__dict__["_turnaround_s"] = arrived_at - asked.__dict__["_sent_at"]
         self._inbox.settle(reply, sum(map(len, chunks)))
 
     def _on_end(self, node_id: int, reason: str) -> None:
@@ -301,12 +316,16 @@ def flower_security(grid: Grid) -> str:
     return "in-process" if insecure is None else "insecure" if insecure else "tls"
 
 
-def _address(listen: str, advertise: str | None, port: int) -> str:
-    """Return the ``host:port`` that devices are told."""
+def _host(listen: str, advertise: str | None) -> str:
+    """Return the ``host[:port]`` that devices are told."""
     host = advertise or listen.rpartition(":")[0]
     if not advertise and host in _ANYWHERE:
         raise ConfigError(
             f"listen={listen} is no address for devices; say which one is: advertise=HOST, or {ENVIRONMENT}ADVERTISE"
         )
-    has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]") and (host.count(":") == 1 or "]:" in host)
-    return host if has_port else f"{host}:{port}"
+    return host
+
+
+def _has_port(host: str) -> bool:
+    name, _, port = host.rpartition(":")
+    return port.isdecimal() and (":" not in name or name.endswith("]"))  # or it is a part of an IPv6 address
