@@ -56,6 +56,20 @@ MIB = 1024**2
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
+@pytest.fixture(autouse=True)
+def in_time() -> Iterator[None]:
+    """What blocks for ever fails."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(int(3 * PATIENCE_S))
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def eventually(condition: Callable[[], Any]) -> None:
     """Wait until something is so; how long it takes is no part of any test."""
     for _ in range(int(PATIENCE_S / 0.002)):

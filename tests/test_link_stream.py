@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import struct
 import threading
 from collections import deque
@@ -32,6 +33,20 @@ from fl_edge.link.resident.stream import Stream
 
 FRAME_BYTES, MAX_BYTES = 8, 100
 PATIENCE_S = 30.0  # a safety net only
+
+
+@pytest.fixture(autouse=True)
+def in_time() -> Iterator[None]:
+    """What blocks for ever fails."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(int(5 * PATIENCE_S))
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def data_frame(payload: bytes = b"abc", *, message: int = 1, part: int = 0, total: int = 3, acked: int = 0) -> Frame:
@@ -451,6 +466,21 @@ def test_a_message_goes_on_at_the_part_that_the_other_end_has_reached() -> None:
     assert (frame.message, frame.part, bytes(frame.payload)) == (1, 2, b"XYZ")
     once_more = stream.frames(stream.connect(Position(0, 0)))
     assert [read_frame(next(once_more)).part for _ in range(3)] == [0, 1, 2]
+
+
+def test_what_arrived_after_all_is_not_sent_again() -> None:
+    """The other end told where it was, and then received more of what was still on its way."""
+    stream, _ = connected()
+    for content in (b"a", b"b" * 20, b"c"):
+        stream.send([content])
+    frames = stream.frames(stream.connect(Position(0)))
+    stream.receive(acknowledgement(1))
+    assert read_frame(next(frames)).message == 2
+    stream.receive(acknowledgement(2))
+    assert read_frame(next(frames)).message == 3
+    stream.receive(acknowledgement(3))
+    stream.acknowledge()
+    assert read_frame(next(frames)).kind == Kind.ACKNOWLEDGEMENT
 
 
 def test_a_long_message_is_acknowledged_at_once_a_short_one_by_the_next_frame() -> None:
