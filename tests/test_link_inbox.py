@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import permutations
 from typing import Any
@@ -66,13 +66,26 @@ def answered(replies: list[Message]) -> str:
     return "".join(reply.metadata.reply_to_message_id for reply in replies)
 
 
+def spawn(act: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Do something in a thread that holds up nothing if it never ends."""
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(act(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
 @contextmanager
 def aside(act: Callable[[], Any]) -> Iterator[Future[Any]]:
     """Do something in a thread while the body runs; afterwards it must have ended."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(act)
-        yield future
-        future.result(PATIENCE_S)
+    future = spawn(act)
+    yield future
+    future.result(PATIENCE_S)
 
 
 def blocked(future: Future[Any]) -> bool:
@@ -230,12 +243,11 @@ def test_each_waiter_gets_its_own() -> None:
     names = [chr(code) for code in range(ord("a"), ord("a") + 24)]
     office = Office("".join(names))
     groups = [names[start::6] for start in range(6)]
-    with ThreadPoolExecutor(10) as pool:
-        waits = [pool.submit(office.wait, group, PATIENCE_S) for group in groups]
-        waiting(office, 6)
-        settles = [pool.submit(office.settle, names[start::4], 50) for start in (3, 1, 2, 0)]
-        assert [wait.result(PATIENCE_S) for wait in waits] == ["".join(group) for group in groups]
-        assert [settle.result(PATIENCE_S) for settle in settles] == [None] * 4
+    waits = [spawn(office.wait, group, PATIENCE_S) for group in groups]
+    waiting(office, 6)
+    settles = [spawn(office.settle, names[start::4], 50) for start in (3, 1, 2, 0)]
+    assert [wait.result(PATIENCE_S) for wait in waits] == ["".join(group) for group in groups]
+    assert [settle.result(PATIENCE_S) for settle in settles] == [None] * 4
     assert office.inbox._waiters == []
 
 
