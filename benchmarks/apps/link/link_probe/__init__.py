@@ -1,0 +1,1 @@
+"""A stock Flower App that times its own messages."""
