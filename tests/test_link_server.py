@@ -629,6 +629,13 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "_HANDSHAKE_S", 1)
 
 
+def hung_up(peer: socket.socket) -> bool:
+    """Return whether the server has hung up on a peer to which it says nothing."""
+    with suppress(BlockingIOError, ConnectionResetError):
+        return peer.recv(4096, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b""
+    return bool(select.select([peer], [], [], 0)[0])
+
+
 def dropped(peer: socket.socket) -> bool:
     """Wait until the server hangs up."""
     peer.settimeout(PATIENCE_S)
@@ -663,6 +670,18 @@ def test_a_good_client_is_served_among_many_silent_ones(security: TLS | None) ->
         stack.enter_context(echo(site.client(1)))
         site.server.send(1, [bytes(2 * MIB)])
         eventually(lambda: site.messages[1] == [bytes(2 * MIB)])
+
+
+def test_more_connections_than_nodes_could_need_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_HANDSHAKE_S", 3600)
+    config = LinkConfig(max_nodes=2)
+    most = 2 * (config.max_nodes + server_module._SPARE_CALLS)
+    with Site(config) as site, echo(site.connected(1)), ExitStack() as stack:
+        address = ("127.0.0.1", site.server.port)
+        peers = [stack.enter_context(socket.create_connection(address)) for _ in range(most + 20)]
+        eventually(lambda: sum(map(hung_up, peers)) >= 20)
+        site.server.send(1, [b"still there"])
+        eventually(lambda: site.messages[1])
 
 
 def test_an_idle_client_is_not_taken_for_a_silent_one(hasty: None) -> None:
