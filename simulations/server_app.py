@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_edge.errors import FlEdgeError
-from fl_edge.link.resident.apps import resident_where_possible
+from fl_edge.link.resident.serverapp import resident_where_possible
 from simulations.mergesfl import run_mergesfl
 from simulations.scenario import read_scenario
 

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array
@@ -10,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_edge.errors import ReplyError
-from fl_edge.link.packing import flat_array, npy_header, pack, tensor_bytes, unpack
+from fl_edge.link.arrays import FastArray, npy_header
+from fl_edge.link.packing import flat_array, pack, tensor_bytes, unpack
 
 DTYPES = [
     torch.float32,
@@ -116,3 +120,28 @@ def test_header_of_a_type_that_numpy_does_not_know_is_empty() -> None:
     assert npy_header("bfloat16", (2,)) == b""
     assert npy_header("object", (2,)) == b""
     assert npy_header("float32", (-2,)) == b""
+
+
+def test_an_array_over_a_view_is_one_of_flowers_and_copies_only_when_asked() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    stock = Array(values)
+    view = memoryview(b"before" + stock.data)[6:]
+    array = FastArray.of(stock.dtype, stock.shape, stock.stype, view)
+    assert array.buffer is view
+    assert np.array_equal(array.numpy(), values)
+    assert array.numpy().flags.writeable
+    assert FastArray.like(array).__dict__["_buffer"] is view
+    assert array.buffer is view
+    assert array == stock
+    assert type(array.data) is bytes
+    assert array.buffer == array.data == stock.data
+    assert array.object_id == stock.object_id
+    array.data = b"other"
+    assert array.buffer == b"other"
+    assert FastArray.like(stock) == stock
+
+
+def test_a_resident_client_does_not_import_torch() -> None:
+    """It takes a second and 200 MB, and many an app has no use for it."""
+    script = "import sys; from fl_edge.link.resident import ClientApp; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -20,8 +20,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fl_edge.errors import ConfigError
+from fl_edge.link.arrays import FastArray
 from fl_edge.link.faults import Fault, FaultFunction
-from fl_edge.link.packing import FastArray
 
 # Flower's ErrorCode is not among its public names; these are its values in 1.26 to 1.42.
 CLIENT_APP_RAISED_EXCEPTION = 2

@@ -7,9 +7,6 @@ bfloat16 (which a numpy-backed array cannot), and reading them never executes an
 
 from __future__ import annotations
 
-import copy
-import io
-import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -20,8 +17,7 @@ from flwr.app import Array
 from safetensors.torch import load, save
 
 from fl_edge.errors import ReplyError
-
-STYPE = "safetensors"
+from fl_edge.link.arrays import PACKED_STYPE, FastArray, npy_header
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> Array:
@@ -58,7 +54,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> Array:
         data = save(ready)
     except KeyError as error:
         raise TypeError(f"safetensors cannot hold tensors of type {error}") from error
-    return Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
+    return Array(dtype="uint8", shape=(len(data),), stype=PACKED_STYPE, data=data)
 
 
 def unpack(array: Array) -> dict[str, torch.Tensor]:
@@ -79,8 +75,8 @@ def unpack(array: Array) -> dict[str, torch.Tensor]:
     ReplyError
         The array is not of ``stype`` "safetensors", or its bytes are damaged.
     """
-    if array.stype != STYPE:
-        raise ReplyError(f"array of stype {array.stype!r} cannot be unpacked, expected {STYPE!r}")
+    if array.stype != PACKED_STYPE:
+        raise ReplyError(f"array of stype {array.stype!r} cannot be unpacked, expected {PACKED_STYPE!r}")
     try:
         return load(array.data)
     except Exception as error:  # damaged bytes surface as SafetensorError, KeyError, ValueError, RuntimeError, ...
@@ -112,62 +108,3 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
 @lru_cache(maxsize=64)
 def _dtype_name(dtype: np.dtype[Any]) -> str:
     return str(dtype)  # numpy takes longer for this than for copying 20 kB
-
-
-class FastArray(Array):
-    """A Flower array that is made, and read by ``numpy()``, at a fraction of the price; in all else it is the same.
-
-    ``np.load`` parses a header each time; this class compares it with the one that must stand there, and falls back to
-    Flower's own way where it does not.
-    """
-
-    __qualname__ = "Array"  # Flower writes the name into the bytes from which it makes an object's id
-    __hash__ = None  # type: ignore[assignment]
-
-    @classmethod
-    def of(cls, dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> FastArray:
-        """Make an array without the constructor's checks."""
-        array = cls.__new__(cls)
-        array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
-        return array
-
-    @classmethod
-    def like(cls, array: Array) -> Array:
-        """Return an array of one's own with the same, shared, bytes."""
-        if type(array) not in (Array, cls):
-            return copy.copy(array)
-        own = cls.__new__(cls)
-        own.__dict__.update(array.__dict__)
-        return own
-
-    def numpy(self) -> Any:
-        """Return the values as a writable numpy array."""
-        header = npy_header(self.dtype, self.shape)
-        if header and self.stype == "numpy.ndarray" and self.data.startswith(header):
-            size = math.prod(self.shape) * np.dtype(self.dtype).itemsize
-            if len(self.data) == len(header) + size:
-                return np.frombuffer(self.data, self.dtype, offset=len(header)).reshape(self.shape).copy()
-        return super().numpy()
-
-    def __eq__(self, other: object) -> bool:  # a dataclass never equals one of another class
-        if not isinstance(other, Array):
-            return NotImplemented
-        return (self.dtype, self.shape, self.stype, self.data) == (other.dtype, other.shape, other.stype, other.data)
-
-    def __reduce__(self) -> Any:  # what travels to another process (Ray) arrives as Flower's own class
-        return Array, (self.dtype, self.shape, self.stype, self.data)
-
-
-@lru_cache(maxsize=1024)
-def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return what ``np.save`` writes before the values of such an array in C order; nothing for a foreign type."""
-    try:
-        kind = np.dtype(dtype)
-    except (TypeError, ValueError):
-        return b""
-    if kind.hasobject or min(shape, default=0) < 0:
-        return b""
-    buffer = io.BytesIO()
-    description = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, description)
-    return buffer.getvalue()

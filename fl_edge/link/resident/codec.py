@@ -25,34 +25,39 @@ encoding is "raw" (the segment is the array's bytes) or a scheme of :mod:`fl_edg
 What may be sent is what Flower itself can send: integers from -2**63 to 2**64 - 1, and no list that needs both ends of
 that range. Beyond that, a header has at most 16 MiB, dtype and stype 64 characters, a shape 64 axes of 0 to 2**63 - 1
 (and see :class:`Limits`). The decoder trusts nothing: memory goes to what has arrived, never to what is announced; a
-segment is copied once, and a header takes at most 50 times its length while it is read.
+segment is copied at most once, and a header takes at most 50 times its length while it is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import lru_cache
+from itertools import product
+from operator import itemgetter
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict
 
 from fl_edge.errors import ReplyError
-from fl_edge.link.packing import FastArray
+from fl_edge.link.arrays import FastArray
 from fl_edge.link.resident.compression import RAW, SCHEMES, Buffer, Compressor, decompress
 
 VERSION = 1
 
+T = TypeVar("T")
+
 _INT64, _UINT64 = 2**63, 2**64
 _MAX_TEXT = _MAX_AXES = 64
 _ENCODINGS = frozenset((RAW, *SCHEMES))
-# Kind of record -> its class, and the exact types of its values.
-_KINDS: dict[str, tuple[type[ConfigRecord | MetricRecord], frozenset[type]]] = {
-    "config": (ConfigRecord, frozenset((bool, int, float, str, bytes))),
-    "metric": (MetricRecord, frozenset((int, float))),
-}
+# Kind of record -> the exact types of its values.
+_KINDS = {"config": frozenset((bool, int, float, str, bytes)), "metric": frozenset((int, float))}
+# What decoded messages and their parts are made like.
+_RECORDS: dict[str, Any] = {"array": ArrayRecord(), "config": ConfigRecord(), "metric": MetricRecord()}
+_CONTENT = RecordDict()
+_MESSAGE: Message = Message(metadata=Metadata(0, "", 0, 0, "", "", 0.0, 0.0, "query"), content=_CONTENT)  # type: ignore[call-overload]
 # Field of Metadata, in the order of its constructor -> the types it may have. Integers are unsigned.
 _METADATA: dict[str, tuple[type, ...]] = {
     "run_id": (int,),
@@ -67,7 +72,10 @@ _METADATA: dict[str, tuple[type, ...]] = {
     "src_task_id": (int, NoneType),
     "dst_task_id": (int, NoneType),
 }
-_metadata_of = attrgetter(*_METADATA)
+_METADATA_KEYS = tuple(f"_{field}" for field in _METADATA)  # where Flower keeps them
+_metadata_of = itemgetter(*_METADATA_KEYS)
+# The usual types of all fields together, so that one look tells: task ids may be there or not.
+_USUAL_METADATA = frozenset(product(*_METADATA.values()))
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ def encode(message: Message, compressor: Compressor | None = None) -> list[Buffe
     TypeError, ValueError
         Something that cannot be sent; the line names record and key.
     """
-    metadata = list(_metadata_of(message.metadata))
+    metadata = list(_metadata_of(message.metadata.__dict__))
     metadata[6:8] = map(float, metadata[6:8])  # Flower, too, sends a ttl of 10 as 10.0
     _check_metadata(metadata)
     segments: list[Buffer] = []
@@ -119,7 +127,8 @@ def encode(message: Message, compressor: Compressor | None = None) -> list[Buffe
         error = (message.error.code, message.error.reason)
         _check_error(error)
     else:
-        records = [_encode_record(message, name, segments, compressor) for name in message.content]
+        content = message.content.__dict__["_data"]  # views of a record look up each key in Python
+        records = [_encode_record(message, name, content[name], segments, compressor) for name in content]
         _check_count(len(records), DEFAULT_LIMITS.records, "records")
         _check_count(len(segments), DEFAULT_LIMITS.arrays, "arrays")
     try:
@@ -130,26 +139,30 @@ def encode(message: Message, compressor: Compressor | None = None) -> list[Buffe
     return [len(header).to_bytes(4, "little") + header, *segments]
 
 
-def _encode_record(message: Message, name: str, segments: list[Buffer], compressor: Compressor | None) -> list[Any]:
+def _encode_record(
+    message: Message, name: str, record: Any, segments: list[Buffer], compressor: Compressor | None
+) -> list[Any]:
     """Return a record's entry in the header, and append the segments of its arrays."""
-    record = message.content[name]
     values: list[Any] = []
+    data = record.__dict__["_data"]
     if isinstance(record, ArrayRecord):
         kind = "array"
-        for key, array in record.items():
-            if not (_describes_array(array.dtype, array.shape, array.stype) and isinstance(array.data, bytes)):
+        for key, array in data.items():
+            data_of_array = array.buffer if type(array) is FastArray else array.data
+            readable = type(array) is FastArray or isinstance(data_of_array, bytes)
+            if not (readable and _describes_array(array.dtype, array.shape, array.stype)):
                 raise ValueError(f"{_place(name, key)}an array of {array.dtype}, {array.shape} cannot be sent")
-            encoding, segment = RAW, array.data
+            encoding, segment = RAW, data_of_array
             if compressor is not None:
                 encoding, segment = compressor.compress(array, (message.metadata.message_type, name, key))
             values.append((array.dtype, array.shape, array.stype, len(segment), encoding))
             segments.append(segment)
     else:
         kind = "config" if isinstance(record, ConfigRecord) else "metric"
-        scalars = _KINDS[kind][1]
-        for key, value in record.items():
+        scalars = _KINDS[kind]
+        for key, value in data.items():
             values.append(value if _is_plain(value, scalars) else _plain(value, scalars, name, key))
-    return [kind, name, list(record), values]
+    return [kind, name, list(data), values]
 
 
 def _plain(value: Any, scalars: frozenset[type], name: str, key: str) -> Any:
@@ -179,7 +192,7 @@ def decode(chunks: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Message
     Returns
     -------
     Message
-        Shares no memory with ``chunks``.
+        Its arrays may share the memory of ``chunks`` of bytes; of those that can be changed they share none.
 
     Raises
     ------
@@ -193,12 +206,11 @@ def decode(chunks: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Message
         metadata, error, records = _read_header(reader.take(length))
         if error is not None:
             _check_count(reader.left, 0, "bytes after an error")
-            return Message(error=Error(*error), metadata=metadata)  # type: ignore[call-overload, no-any-return]
+            return _like(_MESSAGE, _metadata=metadata, _content=None, _error=Error(*error))
         content = _read_records(records, reader, limits)
     except ValueError as problem:
         raise ReplyError(f"message cannot be read: {problem}") from problem
-    # The constructor takes metadata, but its type hints keep that to Flower's own code.
-    return Message(content=content, metadata=metadata)  # type: ignore[call-overload, no-any-return]
+    return _like(_MESSAGE, _metadata=metadata, _content=content)
 
 
 def _read_header(header: bytes) -> tuple[Metadata, Any, Any]:
@@ -215,32 +227,49 @@ def _read_header(header: bytes) -> tuple[Metadata, Any, Any]:
         raise ValueError("it must hold either an error or records")
     if error is not None:
         _check_error(error)
+    if not _is_message_type(metadata[8]):
+        raise ValueError(f"its type is {_shown(metadata[8])}")
+    return _like(_MESSAGE.metadata, **dict(zip(_METADATA_KEYS, metadata, strict=True))), error, records
+
+
+@lru_cache(maxsize=256)
+def _is_message_type(text: str) -> bool:
+    """Whether Flower takes it for a type of message."""
     try:
-        return Metadata(*metadata), error, records
-    except ValueError as problem:  # Flower knows which types of messages there are
-        raise ValueError(f"its type is {_shown(metadata[8])}") from problem
+        Metadata(0, "", 0, 0, "", "", 0.0, 0.0, text)
+    except ValueError:
+        return False
+    return True
+
+
+def _like(template: T, **changed: Any) -> T:
+    """Return an object of Flower's that is like another but for some attributes.
+
+    Its constructors check, on each message, what has been checked here already, at several times the price. A template
+    made by them keeps what later releases may add.
+    """
+    made: T = object.__new__(type(template))
+    made.__dict__.update(template.__dict__, **changed)
+    return made
 
 
 def _read_records(entries: Any, reader: _Reader, limits: Limits) -> RecordDict:
     """Build the records of a message; everything is checked before the first segment is read."""
-    content = RecordDict()
+    contents: dict[str, Any] = {}
     arrays: list[tuple[dict[str, Any], str]] = []
     _check_count(len(_sequence(entries, None, "records")), limits.records, "records")
     for entry in entries:
         kind, name, keys, values = _sequence(entry, 4, "record")
         names = (name, *_sequence(keys, None, "keys"))
-        if not all(type(text) is str for text in names) or name in content or len(set(keys)) != len(keys):
+        if not all(type(text) is str for text in names) or name in contents or len(set(keys)) != len(keys):
             raise ValueError(f"names and keys of record {_shown(name)} must be text, each once")
         data = dict(zip(keys, _sequence(values, len(keys), "values"), strict=True))
-        record: Any
         if kind == "array":
-            record = ArrayRecord()
             for key, value in data.items():
                 _check_array(value, name, key)
                 arrays.append((data, key))
         elif type(kind) is str and kind in _KINDS:
-            cls, scalars = _KINDS[kind]
-            record = cls()
+            scalars = _KINDS[kind]
             for key, value in data.items():
                 plain = list(value) if type(value) is tuple else value
                 if not _is_plain(plain, scalars):
@@ -248,19 +277,17 @@ def _read_records(entries: Any, reader: _Reader, limits: Limits) -> RecordDict:
                 data[key] = plain
         else:
             raise ValueError(f"record {_shown(name)} is of kind {_shown(kind)}")
-        # Setting values through a record would check each again, at a multiple of the price.
-        record.__dict__["_data"] = data
-        content.__dict__["_data"][name] = record
+        contents[name] = _like(_RECORDS[kind], _data=data)
     _check_count(len(arrays), limits.arrays, "arrays")
     if (announced := sum(data[key][3] for data, key in arrays)) != reader.left:
         raise ValueError(f"{announced} bytes of arrays were announced, {reader.left} are there")
     for data, key in arrays:
         dtype, shape, stype, length, encoding = data[key]
-        segment = reader.take(length)
+        segment = reader.view(length)
         if encoding != RAW:
-            segment = decompress(segment, encoding, dtype, shape, stype)
+            segment = decompress(bytes(segment), encoding, dtype, shape, stype)
         data[key] = FastArray.of(dtype, shape, stype, segment)
-    return content
+    return _like(_CONTENT, _data=contents)
 
 
 class _Reader:
@@ -270,6 +297,14 @@ class _Reader:
         self.left = sum(map(len, chunks))
         self._chunks = iter(chunks)
         self._rest = memoryview(b"")  # of the chunk that is being read
+
+    def view(self, size: int) -> Buffer:
+        """Return the next bytes; where they lie in one chunk that nobody can change, a view of it."""
+        if size <= len(self._rest) and self._rest.readonly:
+            view, self._rest = self._rest[:size], self._rest[size:]
+            self.left -= size
+            return view
+        return self.take(size)
 
     def take(self, size: int) -> bytes:
         """Return the next bytes, copied once."""
@@ -321,6 +356,9 @@ def _check_array(value: Any, name: str, key: str) -> None:
 
 
 def _check_metadata(values: Sequence[Any]) -> None:
+    integers = [value for value in values if type(value) is int]
+    if tuple(map(type, values)) in _USUAL_METADATA and min(integers) >= 0 and max(integers) < _UINT64:
+        return
     for (field, kind), value in zip(_METADATA.items(), values, strict=True):
         if not isinstance(value, kind) or type(value) is bool or (type(value) is int and not 0 <= value < _UINT64):
             raise ValueError(f"{field} cannot be {_shown(value)}")

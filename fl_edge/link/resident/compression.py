@@ -37,7 +37,7 @@ import numpy as np
 from flwr.app import Array
 from numpy.typing import NDArray
 
-from fl_edge.link.packing import STYPE, npy_header
+from fl_edge.link.arrays import PACKED_STYPE, npy_header
 
 Buffer = bytes | memoryview
 Floats = NDArray[np.float32]
@@ -202,7 +202,7 @@ def _pieces(data: bytes, dtype: str, shape: tuple[int, ...], stype: str) -> list
         header = npy_header(dtype, shape)
         if data.startswith(header):
             return [_Piece("", len(header), None), _Piece("", 4 * math.prod(shape), shape)]
-    if stype == STYPE and 8 <= (end := 8 + int.from_bytes(data[:8], "little")) <= min(len(data), _MAX_HEADER):
+    if stype == PACKED_STYPE and 8 <= (end := 8 + int.from_bytes(data[:8], "little")) <= min(len(data), _MAX_HEADER):
         try:
             return [_Piece("", end, None), *_tensors(json.loads(data[8:end].decode()))]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):  # JSON, but not of safetensors

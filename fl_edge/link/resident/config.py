@@ -19,7 +19,7 @@ class LinkConfig:
 
     grace_s: float = setting(15.0, "seconds that a session outlives its connection", low=0.0, high=86_400.0)
     heartbeat_s: float = setting(10.0, "seconds between signs of life on an idle connection", low=0.1, high=3_600.0)
-    frame_kib: int = setting(1024, "KiB of a message that travel at once", low=1, high=65_536)
+    frame_kib: int = setting(2048, "KiB of a message that travel at once", low=1, high=65_536)
     max_message_mib: int = setting(2048, "MiB of the longest message", low=1, high=1_048_576)
     inbox_mib: int = setting(4096, "MiB of replies kept for pull_messages; beyond, devices must wait", low=1)
     max_nodes: int = setting(1000, "sessions at once", low=1, high=100_000)

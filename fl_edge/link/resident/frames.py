@@ -31,8 +31,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from fl_edge.errors import ReplyError
 
@@ -58,8 +58,10 @@ class Kind(IntEnum):
     FAREWELL = 4
 
 
-@dataclass(frozen=True, order=True)
-class Position:
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class Position(NamedTuple):
     """How far a receiver has come: whole messages, and parts of the next one."""
 
     messages: int = 0
@@ -83,8 +85,7 @@ class Position:
         return cls(*map(int, numbers))
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A frame that was received; `payload` is a view of what gRPC delivered."""
 
     kind: Kind
@@ -122,9 +123,9 @@ def read_frame(data: bytes) -> Frame:
         wrong = size != _WELCOME.size
     else:
         wrong = size > (FAREWELL_BYTES if kind == Kind.FAREWELL else 0)
-    if kind not in iter(Kind) or wrong or (kind != Kind.DATA and (part or message or total)):
+    if kind not in _KINDS or wrong or (kind != Kind.DATA and (part or message or total)):
         raise ReplyError(f"a frame contradicts itself: kind {kind}, message {message}, {size} of {total} bytes")
-    return Frame(Kind(kind), part, message, acknowledged, total, memoryview(data)[HEADER_BYTES:])
+    return Frame(_KINDS[kind], part, message, acknowledged, total, memoryview(data)[HEADER_BYTES:])
 
 
 def make_welcome(token: bytes, received: Position) -> bytes:

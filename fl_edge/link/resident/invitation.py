@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fl_edge.errors import ReplyError
 from fl_edge.link.resident.client import Invitation
-from fl_edge.link.resident.config import LinkConfig
+
+if TYPE_CHECKING:
+    from fl_edge.link.resident.config import LinkConfig  # a device has no use for it
 
 STAY = "query.fl_edge_stay"  # type of the message
 _RECORD, _VERSION = "fl_edge.link", 1

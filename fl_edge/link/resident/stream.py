@@ -154,7 +154,8 @@ class Stream:
     def _frame(self, connection: int) -> tuple[bytes, bool]:
         """Wait for a frame to send, and return it, and whether it is the last one."""
         with self._changed:
-            self._changed.wait_for(lambda: self._due(connection))
+            while not self._due(connection):
+                self._changed.wait()
             if connection != self._connection or not self._open:
                 return b"", True
             self._acknowledge = False

@@ -1,42 +1,35 @@
-"""Flower's ClientApp and ServerApp, with clients that stay: the same names from another module.
+"""Flower's ClientApp that stays when it is invited: the same name from another module.
 
-An app becomes resident by two changed lines, one on each side::
+::
 
-    from fl_edge.link.resident import ClientApp          # was: from flwr.clientapp import ClientApp
-    from fl_edge.link.resident import Grid, ServerApp    # was: from flwr.serverapp import Grid, ServerApp
+    from fl_edge.link.resident import ClientApp  # was: from flwr.clientapp import ClientApp
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import flwr.clientapp
-import flwr.serverapp
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
 
 from fl_edge.errors import ReplyError
 from fl_edge.link.resident.client import LinkClient
 from fl_edge.link.resident.codec import decode, encode
 from fl_edge.link.resident.compression import Compressor
-from fl_edge.link.resident.config import TLS, LinkConfig
 from fl_edge.link.resident.frames import Buffer
-from fl_edge.link.resident.grid import ResidentGrid, flower_security
 from fl_edge.link.resident.invitation import STAY, read_invitation
 from fl_edge.link.resident.staying import staying
-
-log = logging.getLogger("flwr.fl_edge")
 
 CLIENT_APP_RAISED_EXCEPTION = 2  # Flower's ErrorCode
 
 Answer = Callable[[Message, Context], Message]
 
+log = logging.getLogger("flwr.fl_edge")
+
 
 class ClientApp(flwr.clientapp.ClientApp):
-    """Flower's ClientApp, which stays when a :class:`ResidentGrid` invites it.
+    """Flower's ClientApp, which stays when a :class:`~fl_edge.link.resident.ResidentGrid` invites it.
 
     Handlers, mods, lifespan and ``Context`` are as in Flower, for each message; only the process remains from one to
     the next, with everything it has imported and loaded.
@@ -47,45 +40,6 @@ class ClientApp(flwr.clientapp.ClientApp):
         if message.metadata.message_type == STAY:
             return _stay(super().__call__, message, context)
         return super().__call__(message, context)
-
-
-class ServerApp(flwr.serverapp.ServerApp):
-    """Flower's ServerApp, whose grid keeps clients connected from the first message to the end of the run.
-
-    In Flower's simulation, where processes last anyway, the grid remains Flower's own.
-
-    Parameters
-    ----------
-    listen, advertise, tls, config
-        As :class:`ResidentGrid` has them.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        listen: str | None = None,
-        advertise: str | None = None,
-        tls: TLS | None = None,
-        config: LinkConfig | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._link = {"listen": listen, "advertise": advertise, "tls": tls, "config": config}
-
-    def __call__(self, grid: Grid, context: Context) -> None:
-        """Run the app; called by Flower."""
-        with resident_where_possible(grid, **self._link) as chosen:
-            super().__call__(chosen, context)
-
-
-@contextmanager
-def resident_where_possible(grid: Grid, **settings: Any) -> Iterator[Grid]:
-    """Open a ResidentGrid over a SuperLink's grid; leave that of a simulation, or a LocalGrid, as it is."""
-    if flower_security(grid) == "in-process":
-        yield grid
-        return
-    with ResidentGrid(grid, **settings) as resident:
-        yield resident
 
 
 def _stay(answer: Answer, message: Message, context: Context) -> Message:
