@@ -33,9 +33,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from operator import itemgetter
-from types import NoneType
 from typing import Any, TypeVar
 
 import msgpack
@@ -43,39 +41,33 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, Metadata, Metric
 
 from fl_edge.errors import ReplyError
 from fl_edge.link.arrays import FastArray
-from fl_edge.link.resident.compression import RAW, SCHEMES, Buffer, Compressor, decompress
+from fl_edge.link.resident.checks import (
+    KINDS,
+    METADATA,
+    check_array,
+    check_count,
+    check_error,
+    check_metadata,
+    describes_array,
+    in_range,
+    is_plain,
+    place,
+    place_of,
+    sequence,
+    shown,
+)
+from fl_edge.link.resident.compression import RAW, Buffer, Compressor, decompress
 
 VERSION = 1
 
 T = TypeVar("T")
 
-_INT64, _UINT64 = 2**63, 2**64
-_MAX_TEXT = _MAX_AXES = 64
-_ENCODINGS = frozenset((RAW, *SCHEMES))
-# Kind of record -> the exact types of its values.
-_KINDS = {"config": frozenset((bool, int, float, str, bytes)), "metric": frozenset((int, float))}
 # What decoded messages and their parts are made like.
 _RECORDS: dict[str, Any] = {"array": ArrayRecord(), "config": ConfigRecord(), "metric": MetricRecord()}
 _CONTENT = RecordDict()
 _MESSAGE: Message = Message(metadata=Metadata(0, "", 0, 0, "", "", 0.0, 0.0, "query"), content=_CONTENT)  # type: ignore[call-overload]
-# Field of Metadata, in the order of its constructor -> the types it may have. Integers are unsigned.
-_METADATA: dict[str, tuple[type, ...]] = {
-    "run_id": (int,),
-    "message_id": (str,),
-    "src_node_id": (int,),
-    "dst_node_id": (int,),
-    "reply_to_message_id": (str,),
-    "group_id": (str,),
-    "created_at": (float,),
-    "ttl": (float,),
-    "message_type": (str,),
-    "src_task_id": (int, NoneType),
-    "dst_task_id": (int, NoneType),
-}
-_METADATA_KEYS = tuple(f"_{field}" for field in _METADATA)  # where Flower keeps them
+_METADATA_KEYS = tuple(f"_{field}" for field in METADATA)  # where Flower keeps them
 _metadata_of = itemgetter(*_METADATA_KEYS)
-# The usual types of all fields together, so that one look tells: task ids may be there or not.
-_USUAL_METADATA = frozenset(product(*_METADATA.values()))
 
 
 @dataclass(frozen=True)
@@ -120,22 +112,22 @@ def encode(message: Message, compressor: Compressor | None = None) -> list[Buffe
     """
     metadata = list(_metadata_of(message.metadata.__dict__))
     metadata[6:8] = map(float, metadata[6:8])  # Flower, too, sends a ttl of 10 as 10.0
-    _check_metadata(metadata)
+    check_metadata(metadata)
     segments: list[Buffer] = []
     error = records = None
     if message.has_error():
         error = (message.error.code, message.error.reason)
-        _check_error(error)
+        check_error(error)
     else:
         content = message.content.__dict__["_data"]  # views of a record look up each key in Python
         records = [_encode_record(message, name, content[name], segments, compressor) for name in content]
-        _check_count(len(records), DEFAULT_LIMITS.records, "records")
-        _check_count(len(segments), DEFAULT_LIMITS.arrays, "arrays")
+        check_count(len(records), DEFAULT_LIMITS.records, "records")
+        check_count(len(segments), DEFAULT_LIMITS.arrays, "arrays")
     try:
         header = msgpack.packb((VERSION, metadata, error, records))
     except UnicodeEncodeError as problem:
-        raise ValueError(f"{_place_of(problem.object, records or [])}text is not Unicode") from problem
-    _check_count(len(header), DEFAULT_LIMITS.header_bytes, "bytes outside arrays")
+        raise ValueError(f"{place_of(problem.object, records or [])}text is not Unicode") from problem
+    check_count(len(header), DEFAULT_LIMITS.header_bytes, "bytes outside arrays")
     return [len(header).to_bytes(4, "little") + header, *segments]
 
 
@@ -150,8 +142,8 @@ def _encode_record(
         for key, array in data.items():
             data_of_array = array.buffer if type(array) is FastArray else array.data
             readable = type(array) is FastArray or isinstance(data_of_array, bytes)
-            if not (readable and _describes_array(array.dtype, array.shape, array.stype)):
-                raise ValueError(f"{_place(name, key)}an array of {array.dtype}, {array.shape} cannot be sent")
+            if not (readable and describes_array(array.dtype, array.shape, array.stype)):
+                raise ValueError(f"{place(name, key)}an array of {array.dtype}, {array.shape} cannot be sent")
             encoding, segment = RAW, data_of_array
             if compressor is not None:
                 encoding, segment = compressor.compress(array, (message.metadata.message_type, name, key))
@@ -159,9 +151,9 @@ def _encode_record(
             segments.append(segment)
     else:
         kind = "config" if isinstance(record, ConfigRecord) else "metric"
-        scalars = _KINDS[kind]
+        scalars = KINDS[kind]
         for key, value in data.items():
-            values.append(value if _is_plain(value, scalars) else _plain(value, scalars, name, key))
+            values.append(value if is_plain(value, scalars) else _plain(value, scalars, name, key))
     return [kind, name, list(data), values]
 
 
@@ -172,11 +164,11 @@ def _plain(value: Any, scalars: frozenset[type], name: str, key: str) -> Any:
         if base in scalars and all(isinstance(item, base) for item in items):
             if base is int:  # a list of integers may hold truth values
                 items = [int(item) for item in items]
-                if not _in_range(items):
-                    raise ValueError(f"{_place(name, key)}integers have more than 64 bits")
+                if not in_range(items):
+                    raise ValueError(f"{place(name, key)}integers have more than 64 bits")
                 return items if isinstance(value, list) else items[0]
             return value
-    raise TypeError(f"{_place(name, key)}{_shown(value)} is no value that Flower can send")
+    raise TypeError(f"{place(name, key)}{shown(value)} is no value that Flower can send")
 
 
 def decode(chunks: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Message:
@@ -202,10 +194,10 @@ def decode(chunks: Sequence[Buffer], limits: Limits = DEFAULT_LIMITS) -> Message
     try:
         reader = _Reader(chunks)
         length = int.from_bytes(reader.take(4), "little")
-        _check_count(length, limits.header_bytes, "bytes outside arrays")
+        check_count(length, limits.header_bytes, "bytes outside arrays")
         metadata, error, records = _read_header(reader.take(length))
         if error is not None:
-            _check_count(reader.left, 0, "bytes after an error")
+            check_count(reader.left, 0, "bytes after an error")
             return _like(_MESSAGE, _metadata=metadata, _content=None, _error=Error(*error))
         content = _read_records(records, reader, limits)
     except ValueError as problem:
@@ -219,16 +211,16 @@ def _read_header(header: bytes) -> tuple[Metadata, Any, Any]:
         fields = msgpack.unpackb(header, use_list=False, max_map_len=0, max_ext_len=0)
     except ValueError as problem:
         raise ValueError(f"its header is no msgpack: {type(problem).__name__}") from problem
-    version, metadata, error, records = _sequence(fields, 4, "header")
+    version, metadata, error, records = sequence(fields, 4, "header")
     if type(version) is not int or version != VERSION:
-        raise ValueError(f"its version is {_shown(version)}, {VERSION} is understood")
-    _check_metadata(_sequence(metadata, len(_METADATA), "metadata"))
+        raise ValueError(f"its version is {shown(version)}, {VERSION} is understood")
+    check_metadata(sequence(metadata, len(METADATA), "metadata"))
     if (error is None) == (records is None):
         raise ValueError("it must hold either an error or records")
     if error is not None:
-        _check_error(error)
+        check_error(error)
     if not _is_message_type(metadata[8]):
-        raise ValueError(f"its type is {_shown(metadata[8])}")
+        raise ValueError(f"its type is {shown(metadata[8])}")
     return _like(_MESSAGE.metadata, **dict(zip(_METADATA_KEYS, metadata, strict=True))), error, records
 
 
@@ -257,28 +249,28 @@ def _read_records(entries: Any, reader: _Reader, limits: Limits) -> RecordDict:
     """Build the records of a message; everything is checked before the first segment is read."""
     contents: dict[str, Any] = {}
     arrays: list[tuple[dict[str, Any], str]] = []
-    _check_count(len(_sequence(entries, None, "records")), limits.records, "records")
+    check_count(len(sequence(entries, None, "records")), limits.records, "records")
     for entry in entries:
-        kind, name, keys, values = _sequence(entry, 4, "record")
-        names = (name, *_sequence(keys, None, "keys"))
+        kind, name, keys, values = sequence(entry, 4, "record")
+        names = (name, *sequence(keys, None, "keys"))
         if not all(type(text) is str for text in names) or name in contents or len(set(keys)) != len(keys):
-            raise ValueError(f"names and keys of record {_shown(name)} must be text, each once")
-        data = dict(zip(keys, _sequence(values, len(keys), "values"), strict=True))
+            raise ValueError(f"names and keys of record {shown(name)} must be text, each once")
+        data = dict(zip(keys, sequence(values, len(keys), "values"), strict=True))
         if kind == "array":
             for key, value in data.items():
-                _check_array(value, name, key)
+                check_array(value, name, key)
                 arrays.append((data, key))
-        elif type(kind) is str and kind in _KINDS:
-            scalars = _KINDS[kind]
+        elif type(kind) is str and kind in KINDS:
+            scalars = KINDS[kind]
             for key, value in data.items():
                 plain = list(value) if type(value) is tuple else value
-                if not _is_plain(plain, scalars):
-                    raise ValueError(f"{_place(name, key)}{_shown(plain)} is no value of a {kind} record")
+                if not is_plain(plain, scalars):
+                    raise ValueError(f"{place(name, key)}{shown(plain)} is no value of a {kind} record")
                 data[key] = plain
         else:
-            raise ValueError(f"record {_shown(name)} is of kind {_shown(kind)}")
+            raise ValueError(f"record {shown(name)} is of kind {shown(kind)}")
         contents[name] = _like(_RECORDS[kind], _data=data)
-    _check_count(len(arrays), limits.arrays, "arrays")
+    check_count(len(arrays), limits.arrays, "arrays")
     if (announced := sum(data[key][3] for data, key in arrays)) != reader.left:
         raise ValueError(f"{announced} bytes of arrays were announced, {reader.left} are there")
     for data, key in arrays:
@@ -319,85 +311,3 @@ class _Reader:
         pieces.append(self._rest[:size])
         self._rest = self._rest[size:]
         return b"".join(pieces)
-
-
-def _is_plain(value: Any, scalars: frozenset[type]) -> bool:
-    """Whether a value is of exactly one of the types, or a list of one of them, and its integers fit into 64 bits."""
-    if type(value) is int:
-        return -_INT64 <= value < _UINT64
-    if type(value) is list:
-        kinds = set(map(type, value))
-        return not kinds or (len(kinds) == 1 and kinds <= scalars and (kinds != {int} or _in_range(value)))
-    return type(value) in scalars
-
-
-def _in_range(values: list[int]) -> bool:
-    """Whether one 64-bit type, with or without sign, holds all these integers."""
-    low, high = min(values), max(values)
-    return low >= -_INT64 and high < (_UINT64 if low >= 0 else _INT64)
-
-
-def _describes_array(dtype: Any, shape: Any, stype: Any) -> bool:
-    return (
-        type(dtype) is type(stype) is str
-        and max(len(dtype), len(stype)) <= _MAX_TEXT
-        and isinstance(shape, tuple)
-        and len(shape) <= _MAX_AXES
-        and all(type(axis) is int and 0 <= axis < _INT64 for axis in shape)
-    )
-
-
-def _check_array(value: Any, name: str, key: str) -> None:
-    dtype, shape, stype, length, encoding = _sequence(value, 5, "array")
-    if not _describes_array(dtype, shape, stype) or type(length) is not int or length < 0:
-        raise ValueError(f"{_place(name, key)}dtype, shape, stype or length are damaged")
-    if type(encoding) is not str or encoding not in _ENCODINGS:
-        raise ValueError(f"{_place(name, key)}the encoding {_shown(encoding)} is unknown")
-
-
-def _check_metadata(values: Sequence[Any]) -> None:
-    integers = [value for value in values if type(value) is int]
-    if tuple(map(type, values)) in _USUAL_METADATA and min(integers) >= 0 and max(integers) < _UINT64:
-        return
-    for (field, kind), value in zip(_METADATA.items(), values, strict=True):
-        if not isinstance(value, kind) or type(value) is bool or (type(value) is int and not 0 <= value < _UINT64):
-            raise ValueError(f"{field} cannot be {_shown(value)}")
-
-
-def _check_error(error: Any) -> None:
-    code, reason = _sequence(error, 2, "error")
-    is_code = isinstance(code, int) and type(code) is not bool and -_INT64 <= code < _INT64
-    if not is_code or not isinstance(reason, str | None):
-        raise ValueError(f"an error cannot have code {_shown(code)}, reason {_shown(reason)}")
-
-
-def _check_count(count: int, limit: int, what: str) -> None:
-    if count > limit:
-        raise ValueError(f"{count} {what}, at most {limit} are allowed")
-
-
-def _sequence(value: Any, length: int | None, what: str) -> Any:
-    """Return a value that must be a tuple, of this length if one is given."""
-    if type(value) is not tuple or (length is not None and len(value) != length):
-        raise ValueError(f"{what} cannot be {_shown(value)}")
-    return value
-
-
-def _place(name: str, key: str) -> str:
-    return f"record {_shown(name)}, key {_shown(key)}: "
-
-
-def _place_of(text: str, records: list[Any]) -> str:
-    """Return where in the records a text stands; nothing if it stands in the metadata or the error."""
-    for _, name, keys, values in records:
-        for key, value in zip(keys, values, strict=True):
-            if text in (name, key, value) or (isinstance(value, list | tuple) and text in value):
-                return _place(name, key)
-    return ""
-
-
-def _shown(value: Any) -> str:
-    """Return a value as it may stand in a line, whoever sent it: no line breaks, no length, no depth."""
-    if isinstance(value, str | bytes):
-        return repr(value[:60])
-    return repr(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
