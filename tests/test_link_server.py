@@ -440,7 +440,7 @@ def test_a_message_that_is_too_long_is_refused_here_and_the_session_lives() -> N
 def test_messages_are_not_kept_by_threads_that_wait() -> None:
     """The last message of every node would be a model's weights each."""
     kept: list[weakref.ref[Any]] = []
-    with Site() as site:
+    with Site(LinkConfig(frame_kib=64)) as site:
         site.server._on_message = lambda node, chunks: kept.append(weakref.ref(chunks[0]))
         client = site.connected(1)
         memory = bytearray(3 * MIB)
@@ -546,6 +546,17 @@ def test_a_token_works_once() -> None:
             eventually(lambda: site.messages[1][1:] == [b"unharmed"])
         with Raw(site.server.port, credentials(1, second_token)) as back:
             assert back.welcome() not in (token, second_token)
+
+
+def test_an_idle_client_confirms_its_new_token_as_well() -> None:
+    with Site() as site:
+        token = site.server.admit(1)
+        client = site.client(1, token)
+        eventually(lambda: client._token != token)
+        eventually(lambda: not site.server._sessions[1].tokens.accept(token))
+        with Raw(site.server.port, credentials(1, token)) as thief:
+            assert thief.outcome()[:3] == ([], grpc.StatusCode.UNAUTHENTICATED, "refused")
+        assert site.server.state(1) == "connected"
 
 
 def test_a_welcome_that_was_lost_does_not_lock_the_client_out() -> None:
@@ -1251,11 +1262,36 @@ def test_a_client_may_fork_as_data_loaders_do() -> None:
         assert "Traceback" not in output
 
 
+def test_no_call_is_left_to_the_garbage_collector() -> None:
+    """It takes a lock when it goes, and at the end of a process that may be held by a thread that was stopped there."""
+
+    def calls() -> int:
+        return sum(isinstance(each, grpc.Call) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = calls()
+        with Site() as site, Proxy(site.server.port) as proxy:
+            clients = [site.connected(node, address=proxy.address) for node in (1, 2)]
+            another = has_another(proxy)
+            proxy.cut()
+            eventually(another)
+            eventually(lambda: [site.server.state(node) for node in (1, 2)] == ["connected"] * 2)
+            site.server.release(1, "thank you")
+            assert why(clients[0]) == "thank you"
+            clients[1].close("enough")
+            assert why(site.client(3, b"wrong")).endswith("refused this client")
+        eventually(lambda: calls() == before)
+    finally:
+        gc.enable()
+
+
 def test_no_thread_keeps_a_process_alive_that_forgot_to_close() -> None:
     script = """
         from fl_edge.link.resident.config import LinkConfig
         from fl_edge.link.resident.server import LinkServer
-        server = LinkServer(LinkConfig(), "127.0.0.1:0", None, print, print)
+        server = LinkServer(LinkConfig(), "127.0.0.1:0", None, lambda *_: None, lambda *_: None)
         own = dataclasses.replace(client._invitation, address=f"127.0.0.1:{server.port}", token=server.admit(1))
         another = LinkClient(own)
         server.send(1, [b"hello"])

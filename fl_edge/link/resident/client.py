@@ -114,8 +114,8 @@ class LinkClient:
         self._stream.finish(reason)
         if not self._ended.wait(patience_s):
             self._stop.set()
-            if self._call:
-                self._call.cancel()
+            if call := self._call:
+                call.cancel()
 
     def _take(self) -> list[Buffer] | None:
         with self._changed:
@@ -127,7 +127,7 @@ class LinkClient:
 
     def _put(self, chunks: list[Buffer]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: len(self._arrived) < _WAITING_MESSAGES or self._leaving)
+            self._changed.wait_for(lambda: len(self._arrived) < _WAITING_MESSAGES)  # `close` makes room as well
             if not self._leaving:
                 self._arrived.append(chunks)
                 self._changed.notify_all()
@@ -181,6 +181,7 @@ class LinkClient:
                     else:
                         self._receive(frame)
             except grpc.RpcError as error:
+                error.__traceback__ = None  # it refers to the call, which is the error: see below
                 self._trouble = " ".join((error.details() or error.code().name).split())
                 if error.code() in _FINAL:
                     self._end(f"the server at {self._invitation.address} refused this client")
@@ -189,6 +190,7 @@ class LinkClient:
             finally:
                 outgoing.end()
                 call.cancel()
+                self._call = None  # a call that is left to the end of the process may never let it end
         return welcomed
 
     def _receive(self, frame: Frame) -> None:
