@@ -672,6 +672,14 @@ def test_a_peer_without_a_call_is_dropped(security: TLS | None, words: bytes) ->
 
 
 @pytest.mark.usefixtures("hasty")
+def test_a_channel_without_a_call_is_closed() -> None:
+    with Site() as site, Proxy(site.server.port) as proxy, grpc.insecure_channel(proxy.address, CHANNEL) as channel:
+        grpc.channel_ready_future(channel).result(PATIENCE_S)
+        eventually(lambda: not proxy._sockets)
+        assert proxy.connections == 1
+
+
+@pytest.mark.usefixtures("hasty")
 def test_a_good_client_is_served_among_many_silent_ones(security: TLS | None) -> None:
     """Twice as many as the server takes at once: it forgets them one by one."""
     config = LinkConfig(max_nodes=2, grace_s=60.0)
