@@ -1124,15 +1124,16 @@ def test_a_session_ends_while_a_message_of_it_is_being_taken_in(how: str) -> Non
 
 
 def test_a_client_that_takes_nothing_is_not_sent_everything() -> None:
+    content = bytes(MIB)
     with Site() as site, Proxy(site.server.port) as proxy:
         client = site.connected(1, address=proxy.address)
-        for _ in range(60):
-            site.server.send(1, [bytes(MIB)])
+        for _ in range(200):
+            site.server.send(1, [content])
         eventually(lambda: len(client._arrived) == 16)
         threading.Event().wait(A_MOMENT_S)
-        assert proxy.passed[1] < 40 * MIB
+        assert proxy.passed[1] < 100 * MIB  # gRPC and the kernel hold some tens more
         assert len(client._arrived) == 16
-        assert sum(1 for _ in zip(range(60), client.messages(), strict=False)) == 60
+        assert sum(1 for _ in zip(range(200), client.messages(), strict=False)) == 200
 
 
 @pytest.mark.parametrize("how", ["close", "release"])
