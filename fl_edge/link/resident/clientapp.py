@@ -53,6 +53,7 @@ def _stay(answer: Answer, message: Message, context: Context) -> Message:
             for chunks in client.messages():
                 client.send(_reply(answer, chunks, context, compressor, invitation.max_message_bytes))
                 served += 1
+                del chunks  # or it would live until the next message is there
     finally:
         client.close("its process ends")
     left = ConfigRecord({"served": served, "reason": client.reason})

@@ -258,6 +258,7 @@ class ResidentGrid(Grid):
         self._inbox.settle(reply, sum(map(len, chunks)))
 
     def _on_end(self, node_id: int, reason: str) -> None:
+        self._compressors.pop(node_id, None)  # what it feeds back is of messages that may not have arrived
         owed = self._inbox.owed_by(node_id)
         log.warning("node %d is no longer connected: %s; it owes %d replies", node_id, reason, len(owed))
         for asked in owed:
@@ -284,16 +285,16 @@ class ResidentGrid(Grid):
             ]
             if not open_ids:
                 continue
-            try:
-                with self._lock:
+            with self._lock:  # also while replies are handled: a node that is being invited again must not be expelled
+                try:
                     replies = list(self._flower.pull_messages(open_ids))
-            except Exception as error:  # whatever it is, the ServerApp's own next call will meet it too
-                log.debug("Flower cannot be asked about invitations: %s", error)
-                continue
-            for reply in replies:
-                node = self._invitations.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None and node not in self._invitations.values():  # else it was invited again
-                    self._server.expel(node, _why(reply))
+                except Exception as error:  # whatever it is, the ServerApp's own next call will meet it too
+                    log.debug("Flower cannot be asked about invitations: %s", error)
+                    continue
+                for reply in replies:
+                    node = self._invitations.pop(reply.metadata.reply_to_message_id, None)
+                    if node is not None and node not in self._invitations.values():  # else it was invited again
+                        self._server.expel(node, _why(reply))
 
 
 def _why(reply: Message) -> str:
