@@ -35,7 +35,8 @@ from fl_edge.mergesfl.report import RoundReport
 from fl_edge.mergesfl.state import ControlState
 from fl_edge.models.split import SplitModel
 from fl_edge.seeding import numpy_rng
-from fl_edge.strategies.exchange import ask, wait_for_nodes
+from fl_edge.strategies.exchange import wait_for_nodes
+from fl_edge.strategies.roster import Roster
 from fl_edge.strategies.split_round import Member, SplitRound
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -105,8 +106,7 @@ class MergeSFL(Strategy):
         self.observers = list(observers)
         self.state = ControlState()
         self._timeout: float | None = None
-        self._nodes: dict[str, int] = {}  # device -> node id, as of this round
-        self._complaints: set[str] = set()  # reasons of nodes that take no part, said once
+        self._roster = Roster("query.mergesfl_describe")
         self._plan: Plan
         self._members: list[Member] = []
 
@@ -206,8 +206,9 @@ class MergeSFL(Strategy):
         grid: Grid,
     ) -> list[Message]:
         """Plan the round and return the messages that begin it, one to each device of the cohort."""
-        self._meet_devices(grid, server_round)
-        names = sorted(self._nodes, key=lambda name: (len(name), name))
+        probe = self.config.unselected == "probe"
+        self._roster.meet(grid, server_round, self._meet, self._timeout, everyone=probe)
+        names = self._roster.names
         with threadpool_limits(self.threads):  # more threads add up in another order, and may choose other devices
             self._plan = make_plan(self.state.workers(names), self.config, numpy_rng(self.seed, "plan", server_round))
         sizes = self._plan.batch_sizes
@@ -219,7 +220,7 @@ class MergeSFL(Strategy):
         for index, size, rate in zip(self._plan.workers, sizes, rates, strict=True):
             device = names[index]
             known = self.state.devices[device]
-            member = Member(device, self._nodes[device], int(size), known.compute_s, known.transfer_s)
+            member = Member(device, self._roster.nodes[device], int(size), known.compute_s, known.transfer_s)
             order = {"round": server_round, "seed": self.seed, "batch_size": int(size), "learning_rate": float(rate)}
             content = make_content(order, bottom)
             messages.append(Message(content, member.node, "train.mergesfl_begin", group_id=str(server_round)))
@@ -281,42 +282,11 @@ class MergeSFL(Strategy):
                 f"model are {', '.join(list(self.model.state_dict())[:3])}, ..."
             ) from None
 
-    def _meet_devices(self, grid: Grid, server_round: int) -> None:
-        """Learn who is connected. New nodes are asked who they are; with `unselected=probe` all are, every round."""
-        nodes = sorted(grid.get_node_ids())
-        self._nodes = {device: node for device, node in self._nodes.items() if node in nodes}
-        probe = self.config.unselected == "probe"
-        strangers = [node for node in nodes if probe or node not in self._nodes.values()]
-        question = {"round": server_round}
-        messages = [
-            Message(make_content(question), node, "query.mergesfl_describe", group_id=str(server_round))
-            for node in strangers
-        ]
-        answers = ask(grid, messages, self._timeout)
-        reasons: dict[str, list[int]] = {}
-        for node in strangers:
-            try:
-                if node in answers.refusals:
-                    raise ReplyError(answers.refusals[node])
-                self._meet(node, config_of(answers.replies[node]))
-            except (ReplyError, KeyError, TypeError, ValueError) as error:
-                reasons.setdefault(str(error), []).append(node)
-        for reason, affected in reasons.items():
-            if reason not in self._complaints:
-                self._complaints.add(reason)
-                log.warning("%d of %d devices take no part: %s", len(affected), len(nodes), reason)
-        if not self._nodes:
-            reason = next(iter(reasons), "none is connected")
-            raise TrainingError(f"round {server_round}: no device can take part: {reason}")
-
-    def _meet(self, node: int, config: dict[str, Any]) -> None:
-        device, costs = str(config["device"]), (float(config["compute_s"]), float(config["transfer_s"]))
-        if self._nodes.get(device, node) != node:
-            raise ReplyError(f"it calls itself {device}, as node {self._nodes[device]} does; names must differ")
+    def _meet(self, device: str, config: dict[str, Any]) -> None:
+        costs = float(config["compute_s"]), float(config["transfer_s"])
         new = self.state.meet(device, [int(count) for count in config["labels"]], *costs)
         if not new and self.config.unselected == "probe":
             self.state.observe(device, *costs, self.config.smoothing)
-        self._nodes[device] = node
 
     def _split_round(self, grid: Grid, server_round: int) -> SplitRound:
         return SplitRound(
