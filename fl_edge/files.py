@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where caches lie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import os
 from pathlib import Path
 
 from fl_edge.errors import RunFolderError
+
+
+def default_folder() -> Path:
+    """Return the folder of the caches: $FL_EDGE_CACHE, else fl_edge in the user's cache folder."""
+    chosen = os.environ.get("FL_EDGE_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fl_edge"
 
 
 def write_whole(file: Path, content: bytes | str) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fl_edge.clients.cache import WeightCache, default_folder
+from fl_edge.clients.cache import WeightCache
 from fl_edge.errors import ReplyError
+from fl_edge.files import default_folder
 from tests.tiny import same_bits
 
 WEIGHTS = {

@@ -19,14 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fl_edge.errors import ReplyError
+from fl_edge.files import default_folder
 
 _DAYS_KEPT = 7  # what a killed run left behind is removed after so many days
-
-
-def default_folder() -> Path:
-    """Return the folder of the caches: $FL_EDGE_CACHE, else fl_edge in the user's cache folder."""
-    chosen = os.environ.get("FL_EDGE_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fl_edge"
 
 
 class WeightCache:
