@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -20,19 +19,7 @@ identify_process(1)
 PATIENCE_S = 30.0  # a safety net only
 A_MOMENT_S = 0.05  # long enough for a thread to do what it must not do
 
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """What blocks for ever fails."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(int(5 * PATIENCE_S))
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 def question(name: str, node: int = 1) -> Message:

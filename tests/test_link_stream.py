@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import struct
 import threading
 from collections import deque
@@ -34,19 +33,7 @@ from fl_edge.link.resident.stream import Stream
 FRAME_BYTES, MAX_BYTES = 8, 100
 PATIENCE_S = 30.0  # a safety net only
 
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """What blocks for ever fails."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(int(5 * PATIENCE_S))
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 def data_frame(payload: bytes = b"abc", *, message: int = 1, part: int = 0, total: int = 3, acked: int = 0) -> Frame:
