@@ -110,7 +110,7 @@ def serve(nodes: int, size: int, exchanges: int, processes: int, folder: str) ->
     """Be the server process: every node gets back, in each exchange, what it sent in the one before."""
     import psutil
 
-    from fl_edge.link.local import identify_process
+    from fl_edge.link.flower import identify_process
     from fl_edge.link.resident import TLS, ResidentGrid
     from simulations.certificates import make_certificates
 
@@ -182,7 +182,7 @@ def _data(content: RecordDict) -> bytes:
 
 def hold_clients(invitations: IO[bytes]) -> None:
     """Be a process with clients: each invitation is followed by a ClientApp in a thread of its own."""
-    from fl_edge.link.local import identify_process
+    from fl_edge.link.flower import identify_process
     from fl_edge.link.resident import ClientApp
     from fl_edge.link.resident.codec import decode
 

@@ -8,7 +8,7 @@ import time
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fl_edge.link.local import identify_process
+from fl_edge.link.flower import identify_process
 from fl_edge.link.resident import ClientApp
 from fl_edge.link.resident.codec import decode, encode
 

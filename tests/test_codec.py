@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_edge.errors import ReplyError
-from fl_edge.link.local import identify_process
+from fl_edge.link.flower import identify_process
 from fl_edge.link.packing import pack
 from fl_edge.link.resident.codec import Limits, decode, encode
 from fl_edge.link.resident.compression import Compressor

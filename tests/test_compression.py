@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from fl_edge.errors import ReplyError
-from fl_edge.link.local import identify_process
+from fl_edge.link.flower import identify_process
 from fl_edge.link.packing import pack, unpack
 from fl_edge.link.resident.codec import decode, encode
 from fl_edge.link.resident.compression import SCHEMES, Compressor, decompress

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from flwr.app import Message, RecordDict
 
-from fl_edge.link.local import identify_process
+from fl_edge.link.flower import identify_process
 from fl_edge.link.resident.inbox import Inbox
 
 identify_process(1)

@@ -12,7 +12,7 @@ import pytest
 
 from fl_edge.config import allowed, check
 from fl_edge.errors import ConfigError, ReplyError
-from fl_edge.link.local import identify_process
+from fl_edge.link.flower import identify_process
 from fl_edge.link.resident.client import Invitation
 from fl_edge.link.resident.config import TLS, LinkConfig
 from fl_edge.link.resident.frames import TOKEN_BYTES

@@ -87,7 +87,7 @@ def test_only_the_rooms_of_flower_import_flower_and_only_its_public_parts(file: 
     found = [name for name in imports(file) if name == "flwr" or name.startswith("flwr.")]
     if file.is_relative_to(PACKAGE) and room(file) not in FLOWER:
         assert found == []
-    if named(file) == "fl_edge/link/local.py":
+    if named(file) == "fl_edge/link/flower.py":
         # the one exception: Flower has no public way to make a message of one's own say which task it belongs to
         found.remove("flwr.supercore.task_identity.TaskIdentity")
     assert [name for name in found if not name.startswith(PUBLIC_FLOWER)] == []

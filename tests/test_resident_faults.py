@@ -14,7 +14,7 @@ import psutil
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fl_edge.link.local import identify_process
+from fl_edge.link.flower import identify_process
 from fl_edge.link.resident import LinkConfig, ResidentGrid
 from tests.flower_stub import ProcessFlower
 

@@ -15,21 +15,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Array, Context, Error, Message, Metadata, RecordDict, UserConfig
+from flwr.app import Array, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fl_edge.errors import ConfigError
 from fl_edge.link.arrays import FastArray
 from fl_edge.link.faults import Fault, FaultFunction
+from fl_edge.link.flower import (
+    CLIENT_APP_RAISED_EXCEPTION,
+    NODE_UNAVAILABLE,
+    SERVER_NODE_ID,
+    check_outgoing,
+    identify_process,
+    unavailable,
+)
 
-# Flower's ErrorCode is not among its public names; these are its values in 1.26 to 1.42.
-CLIENT_APP_RAISED_EXCEPTION = 2
-MESSAGE_UNAVAILABLE = 3
-NODE_UNAVAILABLE = 5
-
-# The server's address. Flower uses 1, which would also be the first node here.
-SERVER_NODE_ID = 0
 # Virtual seconds until Flower gives up a node that sends no heartbeat, and that one pull of messages takes.
 NODE_LOSS_S = 60.0
 PULL_S = 0.1
@@ -160,7 +161,7 @@ class LocalGrid(Grid):
         An id that is unknown, or whose reply has been pulled, is answered by Flower's error 3 (message unavailable).
         """
         ids = dict.fromkeys(message_ids)
-        unknown = [self._unavailable(message_id) for message_id in ids if message_id not in self._replies]
+        unknown = [unavailable(message_id, self._run.run_id) for message_id in ids if message_id not in self._replies]
         arrived = self._take(ids, self.now_s)
         self.advance(PULL_S)
         return arrived + unknown
@@ -199,8 +200,7 @@ class LocalGrid(Grid):
 
     def _push(self, message: Message) -> str:
         meta = message.metadata
-        if meta.reply_to_message_id or meta.ttl <= 0 or not message.has_content():
-            raise ValueError(f"Invalid message: {message}")
+        check_outgoing(message)
         self._pushed += 1
         message_id = f"{self._run.run_id:x}-{self._pushed:08x}"
         meta.__dict__["_message_id"] = message_id  # Flower's grids tell the sender in the same way
@@ -249,40 +249,6 @@ class LocalGrid(Grid):
         reply = Message(Error(code, reason), reply_to=message)
         message_id = f"{message.metadata.message_id}-reply"
         return _copy(reply, message_id, self._run.run_id, SERVER_NODE_ID, SERVER_NODE_ID)
-
-    def _unavailable(self, message_id: str) -> Message:
-        reason = f"message {message_id!r} is unknown, or its reply has been pulled"
-        meta = Metadata(
-            run_id=self._run.run_id,
-            message_id=f"{message_id}-reply",
-            src_node_id=SERVER_NODE_ID,
-            dst_node_id=SERVER_NODE_ID,
-            reply_to_message_id=message_id,
-            group_id="",
-            created_at=0.0,
-            ttl=0.0,
-            message_type="system",
-        )
-        # The constructor takes metadata, but its type hints keep that to Flower's own code.
-        error = Error(MESSAGE_UNAVAILABLE, reason)
-        return Message(error=error, metadata=meta)  # type: ignore[call-overload, no-any-return]
-
-
-def identify_process(run_id: int) -> None:
-    """Give this process the identity without which ``Message(...)`` raises outside Flower (since 1.38).
-
-    Whatever is set already stays: it was set by Flower itself, or by a caller who knows better.
-    """
-    try:
-        # Not one of Flower's public modules, but there is no public way to build a Message in a plain process.
-        from flwr.supercore.task_identity import TaskIdentity  # noqa: PLC0415
-    except ImportError:  # an older Flower, where messages need no identity
-        return
-    for name, value in (("task_id", 0), ("run_id", run_id), ("node_id", SERVER_NODE_ID)):
-        try:
-            getattr(TaskIdentity, name)
-        except RuntimeError:
-            setattr(TaskIdentity, name, value)
 
 
 def _copy(message: Message, message_id: str, run_id: int, src: int, dst: int) -> Message:

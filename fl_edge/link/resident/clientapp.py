@@ -14,14 +14,13 @@ import flwr.clientapp
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fl_edge.errors import ReplyError
+from fl_edge.link.flower import CLIENT_APP_RAISED_EXCEPTION
 from fl_edge.link.resident.client import LinkClient
 from fl_edge.link.resident.codec import decode, encode
 from fl_edge.link.resident.compression import Compressor
 from fl_edge.link.resident.frames import Buffer
 from fl_edge.link.resident.invitation import STAY, read_invitation
 from fl_edge.link.resident.staying import staying
-
-CLIENT_APP_RAISED_EXCEPTION = 2  # Flower's ErrorCode
 
 Answer = Callable[[Message, Context], Message]
 

@@ -11,10 +11,11 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
-from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fl_edge.errors import ConfigError
+from fl_edge.link.flower import NODE_UNAVAILABLE, check_outgoing, unavailable
 from fl_edge.link.resident.codec import decode, encode
 from fl_edge.link.resident.compression import Compressor
 from fl_edge.link.resident.config import ENVIRONMENT, TLS, LinkConfig
@@ -22,10 +23,6 @@ from fl_edge.link.resident.frames import Buffer
 from fl_edge.link.resident.inbox import Inbox
 from fl_edge.link.resident.invitation import make_invitation
 from fl_edge.link.resident.server import LinkServer
-
-# Flower's ErrorCode is not among its public names; these are its values in 1.26 to 1.42.
-MESSAGE_UNAVAILABLE = 3
-NODE_UNAVAILABLE = 5
 
 _POLL_S = 2.0  # how often Flower is asked what became of invitations that nobody followed
 _ANYWHERE = ("0.0.0.0", "[::]", "*")  # noqa: S104 - addresses to refuse, not to bind
@@ -178,7 +175,7 @@ class ResidentGrid(Grid):
         An id that is unknown, or whose reply has been pulled, is answered by Flower's error 3 (message unavailable).
         """
         replies, unknown = self._inbox.pull(dict.fromkeys(message_ids))
-        return replies + [self._unknown(message_id) for message_id in unknown]
+        return replies + [unavailable(message_id, run_id=0) for message_id in unknown]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and return the replies, in the order of the messages, as soon as all are there.
@@ -197,8 +194,7 @@ class ResidentGrid(Grid):
 
     def _encode(self, message: Message) -> list[Buffer]:
         meta = message.metadata
-        if meta.reply_to_message_id or meta.ttl <= 0 or not message.has_content():
-            raise ValueError(f"Invalid message: {message}")
+        check_outgoing(message)
         meta.__dict__["_message_id"] = f"{meta.run_id:x}-{next(self._numbers):08x}"  # as Flower's grids do
         scheme = self._config.compression
         if scheme != "none" and meta.dst_node_id not in self._compressors:
@@ -267,11 +263,6 @@ class ResidentGrid(Grid):
     def _fail(self, asked: Message, reason: str) -> None:
         error = Error(NODE_UNAVAILABLE, f"node {asked.metadata.dst_node_id} is not connected: {reason}")
         self._inbox.settle(Message(error, reply_to=asked))
-
-    def _unknown(self, message_id: str) -> Message:
-        reason = f"message {message_id!r} is unknown, or its reply has been pulled"
-        meta = Metadata(0, f"{message_id}-reply", 0, 0, message_id, "", 0.0, 0.0, "system")
-        return Message(error=Error(MESSAGE_UNAVAILABLE, reason), metadata=meta)  # type: ignore[call-overload, no-any-return]
 
     # --- invitations that nobody followed ---
 
