@@ -1,0 +1,1 @@
+"""FedSpine: prune and tune a transformer together, each device at its own ratio and rank."""

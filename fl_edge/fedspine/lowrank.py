@@ -1,0 +1,163 @@
+"""Best rank-r approximation of a sum of rank-one terms, without ever forming the sum where it is large.
+
+A sum M = sum_j left_j ⊗ right_j of R terms has two sides, (R, d_out) and (R, d_in). With the sides' Gram matrices
+G_l = F_l'F_l' and G_r = F F', M Mᵀ and C = Fᵀ G_l F, which is only (R, R), share their nonzero eigenvalues, and C's
+eigenvectors V give those of M: M's left vectors are leftᵀ F V / s. All of it is computed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Singular values below this share of the largest are taken for zero: what float32, the type of all factors on devices
+# and on the wire, cannot tell from it.
+NEGLIGIBLE = torch.finfo(torch.float32).eps
+# Rounding of C, relative to its largest eigenvalue, up to which its eigenvectors are exact enough (1e-6 of the sum).
+_TRUSTED = 1e-13
+_SLAB = 2**20  # numbers of a side that are held in float64 at once
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side of the sum: R rows of one width, in blocks.
+
+    Parameters
+    ----------
+    blocks
+        (r_i, width) each, of any floating type; their rows one after another are the side.
+    shares
+        For each block None, or what its entries are multiplied with: float64, (1 or r_i, 1 or width).
+    """
+
+    blocks: Sequence[Tensor]
+    shares: Sequence[Tensor] | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.blocks[0].shape[1]
+
+    def __len__(self) -> int:
+        return sum(len(block) for block in self.blocks)
+
+    def slab(self, start: int, stop: int) -> Tensor:
+        """Return columns ``start`` to ``stop``, (R, stop - start) float64."""
+        if self.shares is None:
+            return torch.cat([block[:, start:stop] for block in self.blocks]).double()
+        return torch.cat(
+            [
+                block[:, start:stop] * (share if share.shape[1] == 1 else share[:, start:stop])
+                for block, share in zip(self.blocks, self.shares, strict=True)
+            ]
+        )
+
+    def slabs(self) -> Iterator[Tensor]:
+        """Yield all columns, some at a time, so that a wide side is never held twice."""
+        step = max(1, _SLAB // len(self))
+        for start in range(0, self.width, step):
+            yield self.slab(start, min(start + step, self.width))
+
+    def whole(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return the side as one matrix, (R, width)."""
+        return torch.cat([slab.to(dtype) for slab in self.slabs()], dim=1)
+
+    def gram(self) -> Tensor:
+        """Return side sideᵀ, (R, R)."""
+        total = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.blocks[0].device)
+        for slab in self.slabs():
+            total.addmm_(slab, slab.T)
+        return total
+
+    def mix(self, coefficients: Tensor) -> Tensor:
+        """Return coefficients side, (k, width), for coefficients (k, R)."""
+        return torch.cat([coefficients @ slab for slab in self.slabs()], dim=1)
+
+
+def best(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best approximation of the sum by at most ``rank`` terms, in float64.
+
+    Returns
+    -------
+    b, a
+        (d_out, k) and (k, d_in), k at most ``rank``, in descending order of singular values: their square roots times
+        the left and the right vectors. Values that are zero to float32 are left out. The largest entry of each left
+        vector is positive, so that the result does not depend on the routine that found it.
+    """
+    if len(left) >= min(left.width, right.width):
+        b, a = _dense(left, right, rank)
+    else:
+        b, a = _factored(left, right, rank)
+    peaks = b.gather(0, b.abs().argmax(0, keepdim=True))  # (1, k)
+    signs = torch.where(peaks < 0, -1.0, 1.0).to(b)
+    return b * signs, a * signs.T
+
+
+def _factored(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
+    gram = right.gram()
+    bound = gram.abs().sum(1).amax()  # above the largest eigenvalue
+    factor = _root(gram)
+    gram = left.gram()
+    bound = bound * gram.abs().sum(1).amax()
+    lifted = gram @ factor
+    del gram
+    values, vectors = torch.linalg.eigh(factor.T @ lifted)
+    if values[-1] <= 0:
+        return _nothing(left, right)
+    if bound * torch.finfo(torch.float64).eps > _TRUSTED * values[-1]:
+        return _orthogonal(left, right, rank)
+    vectors = vectors[:, _kept(values.clamp(min=0).sqrt(), rank)]
+    b = left.mix((factor @ vectors).T).T  # left vectors times s
+    a = right.mix((lifted @ vectors).T)  # right vectors times s²
+    s = torch.linalg.vector_norm(b, dim=0)
+    return b / s.sqrt(), a / (s**1.5)[:, None]
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Return F, (R, at most R), with F Fᵀ = gram, also where terms depend on each other."""
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not failed:
+        return factor
+    values, vectors = torch.linalg.eigh(gram)
+    held = values > torch.finfo(torch.float64).eps * values[-1]
+    factor = vectors[:, held] * values[held].sqrt()
+    return factor
+
+
+def _orthogonal(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
+    """QR of both sides and a small SVD: for terms that nearly cancel out, where squares would lose the sum's digits."""
+    q_left, r_left = torch.linalg.qr(left.whole().T)
+    q_right, r_right = torch.linalg.qr(right.whole().T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    held = _kept(s, rank)
+    return q_left @ (u[:, held] * s[held].sqrt()), (s[held].sqrt()[:, None] * vh[held]) @ q_right.T
+
+
+def _dense(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
+    """Form the sum, where it is no larger than its factors."""
+    total = left.whole().T @ right.whole()
+    tall = left.width > right.width
+    total = total.T if tall else total
+    values, vectors = torch.linalg.eigh(total @ total.T)
+    if values[-1] <= 0:
+        return _nothing(left, right)
+    b = vectors[:, _kept(values.clamp(min=0).sqrt(), rank)]
+    a = b.T @ total
+    s = torch.linalg.vector_norm(a, dim=1)
+    b, a = b * s.sqrt(), a / s.sqrt()[:, None]
+    return (a.T, b.T) if tall else (b, a)
+
+
+def _kept(s: Tensor, rank: int) -> Tensor:
+    """Return the indices of the largest singular values, largest first, without those that are zero."""
+    values, order = s.topk(min(rank, len(s)))
+    return order[(values > NEGLIGIBLE * values[0]) & (values > 0)]
+
+
+def _nothing(left: Side, right: Side) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros((), dtype=torch.float64, device=left.blocks[0].device)
+    return zero.expand(left.width, 0), zero.expand(0, right.width)
