@@ -60,7 +60,7 @@ def prune(model: nn.Module, plan: PruningPlan, present: PruningPlan | None = Non
             _slice(linear, cut.keep, cut.axis)
         if cut.wrapper is not None:
             cut.wrapper.in_features, cut.wrapper.out_features = cut.linears[0].in_features, cut.linears[0].out_features
-    family, width, (_, blocks) = find_family(model), spans(model), find_blocks(model)
+    family, width, (_, blocks) = find_family(model), spans(plain(model).config), find_blocks(model)
     for index, block in enumerate(blocks):
         for path, span in family.attributes.items():
             owner, _, name = path.rpartition(".")

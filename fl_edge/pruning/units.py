@@ -67,9 +67,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, blocks
 
 
-def spans(model: nn.Module) -> Mapping[Span, int]:
-    """Return how much of each span belongs to one unit, from the configuration."""
-    config: Any = plain(model).config
+def spans(config: Any) -> Mapping[Span, int]:
+    """Return how much of each span belongs to one unit, from a model's configuration."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     queries = heads // (getattr(config, "num_key_value_heads", None) or heads)
@@ -87,7 +86,7 @@ def members(model: nn.Module) -> list[Member]:
     ConfigError
         An unknown architecture, or a model without blocks.
     """
-    family, (path, blocks), width = find_family(model), find_blocks(model), spans(model)
+    family, (path, blocks), width = find_family(model), find_blocks(model), spans(plain(model).config)
     sides: tuple[tuple[Literal[0, 1], Mapping[str, Span]], ...] = ((0, family.rows), (1, family.columns))
     return [
         Member(layer, UNIT_OF[span], f"{path}.{layer}.{name}", axis, width[span])
@@ -107,7 +106,7 @@ def full_plan(model: nn.Module) -> PruningPlan:
     """
     family, (_, blocks) = find_family(model), find_blocks(model)
     config: Any = plain(model).config
-    heads: int = config.num_attention_heads // spans(model)["queries"]
+    heads: int = config.num_attention_heads // spans(config)["queries"]
     channels: int = getattr(config, family.channels_key)
     count = len(blocks)
     layer = LayerPlan(tuple(range(heads)), tuple(range(channels)))

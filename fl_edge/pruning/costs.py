@@ -1,0 +1,134 @@
+"""What a model costs under a plan: parameters and multiply-adds, for benchmarks and virtual clocks. All formulas ours.
+
+A multiply-add (MAC) counts once. Linear maps are counted; norms, activations and softmax are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fl_edge.pruning.plan import PruningPlan
+from fl_edge.pruning.units import base_linear, find_blocks, members, plain, spans, unit_params
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs under a plan, adapters left out.
+
+    Attributes
+    ----------
+    prunable
+        Parameters of the units that stay.
+    fixed
+        Other parameters of the blocks: norms, biases of output maps.
+    outside
+        Parameters outside the blocks: embeddings, pooler, head of the task; tied ones once.
+    block_macs
+        Multiply-adds a token in the blocks' linear maps.
+    attention_macs
+        Multiply-adds a token and a position that it looks at: scores, and values weighted by them.
+    outside_macs
+        Multiply-adds of the linear maps outside the blocks, each applied once: at every token in a language model, once
+        a sequence in a classifier.
+    """
+
+    prunable: int
+    fixed: int
+    outside: int
+    block_macs: int
+    attention_macs: int
+    outside_macs: int
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.prunable + self.fixed + self.outside
+
+    def macs(self, length: int) -> int:
+        """Return the blocks' multiply-adds a token in a sequence of ``length`` tokens that all look at each other."""
+        return self.block_macs + length * self.attention_macs
+
+
+def count_costs(model: nn.Module, plan: PruningPlan) -> Costs:
+    """Return what a model costs under a plan. The model itself may be pruned or not, or have no memory at all (meta).
+
+    Raises
+    ------
+    ConfigError
+        An unknown architecture, or a model without blocks.
+    """
+    base, (path, _) = plain(model), find_blocks(model)
+    width = spans(plain(model).config)
+    prunable = sum(
+        len(layer.heads) * head + len(layer.channels) * channel
+        for layer, (head, channel) in zip(plan.layers, unit_params(model), strict=True)
+    )
+    reached: dict[str, int] = {}  # parameters of members as they are in this model
+    block_macs = 0
+    for member in members(model):
+        linear = base_linear(base.get_submodule(member.path), member.path)
+        kept = len(plan.kept(member.layer, member.unit)) * member.width
+        block_macs += kept * linear.weight.shape[1 - member.axis]
+        reached[member.path] = linear.weight.numel() + (
+            linear.bias.numel() if member.axis == 0 and linear.bias is not None else 0
+        )
+    own = {name: parameter for name, parameter in base.named_parameters() if not _of_adapter(name)}
+    inside = sum(parameter.numel() for name, parameter in own.items() if name.startswith(f"{path}."))
+    outside = sum(parameter.numel() for parameter in own.values()) - inside
+    outside_macs = sum(
+        module.weight.numel()
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(f"{path}.") and not _of_adapter(name)
+    )
+    return Costs(
+        prunable=prunable,
+        fixed=inside - sum(reached.values()),
+        outside=outside,
+        block_macs=block_macs,
+        attention_macs=sum(2 * len(layer.heads) * width["query_rows"] for layer in plan.layers),
+        outside_macs=outside_macs,
+    )
+
+
+def count_lora(model: nn.Module, plan: PruningPlan, rank: int, targets: Collection[str]) -> int:
+    """Return the parameters of a LoRA adapter under a plan, which are also its multiply-adds a token.
+
+    Parameters
+    ----------
+    model, plan
+        As for :func:`count_costs`.
+    rank
+        Of every pair of factors.
+    targets
+        Last names of the members that have one, as peft's ``target_modules``, for example ``("query", "value")``.
+    """
+    base, total = plain(model), 0
+    for member in members(model):
+        if member.path.endswith(tuple(f".{target}" for target in targets)):
+            other = base_linear(base.get_submodule(member.path), member.path).weight.shape[1 - member.axis]
+            total += rank * (other + len(plan.kept(member.layer, member.unit)) * member.width)
+    return total
+
+
+def sparsity(plan: PruningPlan, sizes: Sequence[tuple[int, int]]) -> float:
+    """Return the share of the originally prunable parameters that a plan removes, in [0, 1).
+
+    Parameters
+    ----------
+    plan
+        What stays.
+    sizes
+        Parameters of one head and of one channel in each layer, as :func:`~fl_edge.pruning.unit_params` gives them.
+    """
+    kept = total = 0
+    for layer, (head, channel) in enumerate(sizes):
+        kept += len(plan.layers[layer].heads) * head + len(plan.layers[layer].channels) * channel
+        total += plan.heads[layer] * head + plan.channels[layer] * channel
+    return 1 - kept / total
+
+
+def _of_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
