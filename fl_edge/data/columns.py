@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_edge.data.config import DataConfig
+from fl_edge.data.config import DataConfig, SourceConfig
 from fl_edge.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _IMAGE_NAMES = ("image", "img", "picture")
 _LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 
 
-def training_split(config: DataConfig, names: list[str]) -> str:
+def training_split(config: SourceConfig, names: list[str]) -> str:
     """Return the name of the training split."""
     wanted = config.train_split or ("train" if "train" in names else names[0] if len(names) == 1 else "")
     if wanted not in names:
@@ -30,7 +30,7 @@ def training_split(config: DataConfig, names: list[str]) -> str:
     return wanted
 
 
-def testing_split(config: DataConfig, names: list[str]) -> str | None:
+def testing_split(config: SourceConfig, names: list[str]) -> str | None:
     """Return the name of the test split among the other splits; None: there is none."""
     if not config.test_split:
         return next((name for name in _TEST_SPLITS if name in names), None)
@@ -47,24 +47,31 @@ def columns(config: DataConfig, rows: Dataset) -> tuple[str, str]:
     import datasets  # noqa: PLC0415 - heavy
 
     features = dict(rows.features)
-    image = _pick(
+    image = pick(
         config,
         "image_column",
         [n for n, feature in features.items() if isinstance(feature, datasets.Image)],
         _IMAGE_NAMES,
         list(features),
     )
-    others = [name for name in features if name != image]
-    typed = [name for name in others if isinstance(features[name], datasets.ClassLabel)]
+    return image, label_column(config, rows, [name for name in features if name != image])
+
+
+def label_column(config: SourceConfig, rows: Dataset, others: list[str]) -> str:
+    """Return the name of the label column among the columns that are nothing else."""
+    import datasets  # noqa: PLC0415 - heavy
+
+    typed = [name for name in others if isinstance(rows.features[name], datasets.ClassLabel)]
     named = [name for name in others if name in _LABEL_NAMES]
-    label = _pick(config, "label_column", typed or named, _LABEL_NAMES, others)
-    return image, label
+    return pick(config, "label_column", typed or named, _LABEL_NAMES, others)
 
 
-def _pick(config: DataConfig, key: str, found: list[str], usual: Sequence[str], columns: list[str]) -> str:
+def pick(config: SourceConfig, key: str, found: list[str], usual: Sequence[str], columns: list[str]) -> str:
+    """Return the one column for a setting: what was given, else the only one found, else the first of usual name."""
     wanted = getattr(config, key)
     if wanted:
-        allowed = found if key == "image_column" else columns  # any values can be labels, not any can be images
+        # any values can be labels, not any can be images or texts
+        allowed = columns if key == "label_column" else found
         if wanted not in allowed:
             raise DataError(f"{key}={wanted} will not do for {config.source}; it must be {_one_of(allowed)}")
         return str(wanted)
@@ -76,7 +83,7 @@ def _pick(config: DataConfig, key: str, found: list[str], usual: Sequence[str], 
     return found[0]
 
 
-def label_values(config: DataConfig, rows: Dataset, column: str) -> NDArray[Any]:
+def label_values(config: SourceConfig, rows: Dataset, column: str) -> NDArray[Any]:
     """Return a column as integers or text, (n,)."""
     if column not in rows.column_names:
         raise DataError(f"label_column={column} is not in every split of {config.source}")
@@ -87,7 +94,7 @@ def label_values(config: DataConfig, rows: Dataset, column: str) -> NDArray[Any]
 
 
 def classes(
-    config: DataConfig, feature: Any, values: dict[str, NDArray[Any]]
+    config: SourceConfig, feature: Any, values: dict[str, NDArray[Any]]
 ) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
     """Return class names, and labels as places in them; without names of its own, a data set's classes are its values.
 

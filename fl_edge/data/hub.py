@@ -1,4 +1,4 @@
-"""Image data sets in the formats of Hugging Face: hub name, `save_to_disk` folder, image folder, parquet folder.
+"""Data sets in the formats of Hugging Face: hub name, `save_to_disk` folder, folder of images, parquet, JSON or CSV.
 
 Columns and splits are found by type and name, and can be given in the config. Everything that can be wrong with a data
 set ends in a DataError of one line.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_edge.data.columns import classes, columns, label_values, testing_split, training_split
-from fl_edge.data.config import DataConfig
+from fl_edge.data.config import DataConfig, SourceConfig
 from fl_edge.data.table import Table, first_line, first_mode
 from fl_edge.errors import DataError
 
@@ -24,8 +24,8 @@ _HUB_TIMEOUT_S = 10.0
 
 
 def open_tables(config: DataConfig) -> tuple[Table, Table | None, list[str]]:
-    """Open a data set and return (training split, test split or None, class names)."""
-    splits = _splits(config)
+    """Open a data set of images and return (training split, test split or None, class names)."""
+    splits = open_splits(config)
     train = training_split(config, list(splits))
     test = testing_split(config, [name for name in splits if name != train])
     image, label = columns(config, splits[train])
@@ -36,20 +36,21 @@ def open_tables(config: DataConfig) -> tuple[Table, Table | None, list[str]]:
     return tables[train], tables[test] if test else None, names
 
 
-def _splits(config: DataConfig) -> dict[str, Dataset]:
+def open_splits(config: SourceConfig) -> dict[str, Dataset]:
+    """Open a data set and return its splits by name, none of them empty."""
     import datasets  # noqa: PLC0415 - heavy
 
-    folder = Path(config.source).expanduser()
+    folder, bundled = Path(config.source).expanduser(), ", ".join(config.BUNDLED)
     try:
         with _quiet():
             if folder.is_dir():
                 loaded = _load_folder(folder, config.subset)
             elif _looks_like_path(config.source):
                 raise DataError(
-                    f"source={config.source} is not a folder; it must be digits, a folder, or a data set on the hub"
+                    f"source={config.source} is not a folder; it must be {bundled}, a folder, or a data set on the hub"
                 )
             else:
-                loaded = _load_hub(config.source, config.subset)
+                loaded = _load_hub(config.source, config.subset, bundled)
     except DataError:
         raise
     except Exception as error:  # datasets raises a wide choice of classes of its own and of others
@@ -69,7 +70,7 @@ def _load_folder(folder: Path, subset: str) -> DatasetDict | Dataset:
     return datasets.load_dataset(str(folder), subset or None)
 
 
-def _load_hub(name: str, subset: str) -> DatasetDict | Dataset:
+def _load_hub(name: str, subset: str, bundled: str) -> DatasetDict | Dataset:
     """Load from the hub, or from what an earlier run left in the cache when the hub cannot be reached.
 
     Left alone, `datasets` tries an unreachable hub for 23 s and prints every attempt. One request with a time limit
@@ -80,7 +81,7 @@ def _load_hub(name: str, subset: str) -> DatasetDict | Dataset:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415 - heavy
 
     unreachable: Exception
-    known = f"source={name} is neither digits, nor a folder here, nor"
+    known = f"source={name} is neither {bundled}, nor a folder here, nor"
     if name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
         raise DataError(f"{known} a data set; {name} is a file format")  # load_dataset would read the working directory
     before = datasets.config.HF_HUB_OFFLINE

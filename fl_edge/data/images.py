@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fl_edge.data.config import DataConfig
+from fl_edge.data.holdout import hold_out
 from fl_edge.data.hub import open_tables
 from fl_edge.data.table import Table
-from fl_edge.errors import DataError
-from fl_edge.seeding import derive_seed
 
 _LOADING = threading.RLock()  # clients in threads of one process would load the same data side by side
 
@@ -165,16 +164,5 @@ def _stratified(
     pixels: Table | Tensor, labels: NDArray[np.int64], classes: list[str], config: DataConfig, seed: int
 ) -> tuple[Split, Split]:
     """Cut a test set off that has as much of every class as the whole has."""
-    from sklearn.model_selection import train_test_split  # noqa: PLC0415 - heavy
-
-    state = derive_seed(seed, "data", "split") % 2**32  # scikit-learn takes 32 bits
-    try:
-        train, test = train_test_split(
-            np.arange(len(labels)), test_size=config.test_fraction, stratify=labels, random_state=state
-        )
-    except ValueError as error:
-        raise DataError(
-            f"test_fraction={config.test_fraction} of {len(labels)} samples cannot be cut off class by class: {error}"
-        ) from None
-    splits = [Split(pixels, rows, labels[rows], classes) for rows in (np.sort(train), np.sort(test))]
+    splits = [Split(pixels, rows, labels[rows], classes) for rows in hold_out(labels, config, seed)]
     return splits[0], splits[1]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_edge.data.config import DataConfig
+from fl_edge.data.config import DataConfig, PartitionConfig
 from fl_edge.data.images import _LOADING, ImageSet, open_splits
 from fl_edge.errors import DataError
 from fl_edge.seeding import derive_seed, numpy_rng
@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 _DRAWS = 25  # seeds tried before a partition is called impossible; each stands for 11 draws of Dirichlet
 
 
-def device_indices(labels: NDArray[Any], num_devices: int, config: DataConfig, seed: int) -> list[Ints]:
+def device_indices(labels: NDArray[Any], num_devices: int, config: PartitionConfig, seed: int) -> list[Ints]:
     """Spread samples over devices; every sample goes to exactly one.
 
     Parameters
@@ -117,7 +117,9 @@ def _partition(config: DataConfig, seed: int, num_devices: int) -> list[Ints] | 
         return error
 
 
-def _split(labels: Ints, num_devices: int, config: DataConfig, seed: int, draw: int, least: int) -> list[Ints] | None:
+def _split(
+    labels: Ints, num_devices: int, config: PartitionConfig, seed: int, draw: int, least: int
+) -> list[Ints] | None:
     """Make one draw; None where it cannot be carried out. ``least`` is looked after by Dirichlet draws only."""
     if config.partition == "dominant":
         return _dominant(labels, num_devices, config, seed)
@@ -135,7 +137,7 @@ def _split(labels: Ints, num_devices: int, config: DataConfig, seed: int, draw: 
             return None
 
 
-def _partitioner(num_devices: int, config: DataConfig, seed: int, least: int) -> Partitioner:
+def _partitioner(num_devices: int, config: PartitionConfig, seed: int, least: int) -> Partitioner:
     """Return Flower's partitioner. These send no telemetry; Flower's FederatedDataset and its plots would."""
     from flwr_datasets import partitioner  # noqa: PLC0415 - heavy
 
@@ -151,7 +153,7 @@ def _partitioner(num_devices: int, config: DataConfig, seed: int, least: int) ->
     return partitioner.IidPartitioner(num_devices)
 
 
-def _dominant(labels: Ints, num_devices: int, config: DataConfig, seed: int) -> list[Ints]:
+def _dominant(labels: Ints, num_devices: int, config: PartitionConfig, seed: int) -> list[Ints]:
     """Give the share rho of class j to device j mod N and the rest evenly to the others (released code)."""
     devices: list[list[Ints]] = [[] for _ in range(num_devices)]
     for label in np.unique(labels).tolist():
@@ -165,7 +167,7 @@ def _dominant(labels: Ints, num_devices: int, config: DataConfig, seed: int) -> 
     return [np.concatenate(parts) for parts in devices]
 
 
-def _check_classes(classes: int, num_devices: int, config: DataConfig) -> None:
+def _check_classes(classes: int, num_devices: int, config: PartitionConfig) -> None:
     if config.classes_per_device > classes:
         raise DataError(f"classes_per_device={config.classes_per_device} is not possible; there are {classes} classes")
     if num_devices * config.classes_per_device < classes:
@@ -175,7 +177,7 @@ def _check_classes(classes: int, num_devices: int, config: DataConfig) -> None:
         )
 
 
-def _problem(devices: list[Ints], labels: Ints, config: DataConfig) -> str:
+def _problem(devices: list[Ints], labels: Ints, config: PartitionConfig) -> str:
     """Say what is wrong with a partition, or nothing."""
     sizes = [len(indices) for indices in devices]
     worst = int(np.argmin(sizes))
@@ -193,7 +195,7 @@ def _problem(devices: list[Ints], labels: Ints, config: DataConfig) -> str:
     return ""
 
 
-def _remedy(config: DataConfig) -> str:
+def _remedy(config: PartitionConfig) -> str:
     parameter = {
         "dirichlet": f"alpha={config.alpha}, ",
         "pathological": f"classes_per_device={config.classes_per_device}, ",
