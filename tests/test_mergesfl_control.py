@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fl_edge.errors import ReplyError
 from fl_edge.mergesfl.batching import average_waiting, bottom_learning_rates, durations, equal, regulate, shrink
 from fl_edge.mergesfl.distribution import kl_divergence, kl_gradient, label_mix, reference_mix
-from fl_edge.mergesfl.estimation import smooth
+from fl_edge.mergesfl.estimation import measured_transfer_s, smooth
 from fl_edge.mergesfl.tuning import Cohort, fill, tune, tune_dual
 from fl_edge.mergesfl.workers import Floats, Ints, Workers
 
@@ -32,6 +32,11 @@ def draw_cohort(seed: int, count: int = 12, classes: int = 10, budget: int = 600
 def test_first_observation_is_the_estimate_and_later_ones_are_smoothed() -> None:
     assert smooth(None, 3.0, 0.8) == 3.0
     assert smooth(1.0, 2.0, 0.8) == pytest.approx(1.2)
+
+
+def test_transfer_is_what_an_exchange_takes_beyond_the_workers_own_seconds() -> None:
+    assert measured_transfer_s(3.0, 1.0, 8) == 0.25
+    assert measured_transfer_s(1.0, 1.5, 8) == 0.0  # two clocks need not agree
 
 
 def test_durations_and_waiting_by_hand() -> None:

@@ -16,3 +16,22 @@ def smooth(previous: float | None, observed: float, a: float) -> float:
         Weight of the past, in [0, 1].
     """
     return observed if previous is None else a * previous + (1.0 - a) * observed
+
+
+def measured_transfer_s(turnaround_s: float, handled_s: float, batch_size: int) -> float:
+    """Return beta_i of one exchange as it was measured, in seconds a sample.
+
+    What is no work of the worker's counts as transfer: gradient down, features up, and all that lies between. The
+    formula is ours; the paper does not say how a worker's beta_i is measured.
+
+    Parameters
+    ----------
+    turnaround_s
+        Seconds from sending the message to the arrival of its reply, by the server's clock.
+    handled_s
+        Seconds that the worker spent on the message, by its own clock. As clocks differ, it may be more than the
+        turnaround; then nothing is left for the transfer.
+    batch_size
+        Samples in the exchange, at least 1.
+    """
+    return max(0.0, turnaround_s - handled_s) / batch_size

@@ -19,6 +19,7 @@ from fl_edge.errors import ReplyError, TrainingError
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.packing import tensor_bytes
 from fl_edge.mergesfl.config import MergeSFLConfig
+from fl_edge.mergesfl.estimation import measured_transfer_s
 from fl_edge.mergesfl.merging import top_step
 from fl_edge.mergesfl.replies import checked_batch
 from fl_edge.mergesfl.report import Lost
@@ -129,7 +130,7 @@ class SplitRound:
             return float(config["transfer_s"])
         if step == 0:  # the bottom's way down is in there as well
             return member.transfer_s
-        return max(0.0, turnaround_s - float(config["handled_s"])) / member.batch_size
+        return measured_transfer_s(turnaround_s, float(config["handled_s"]), member.batch_size)
 
     def _update(self, batches: Sequence[_Batch], step: int) -> list[Tensor]:
         done = top_step(self.top, [b.features for b in batches], [b.labels for b in batches], self.learning_rate)
