@@ -75,7 +75,7 @@ class Door(Grid):
         return None
 
     def create_message(self, *arguments: Any, **named: Any) -> Message:
-        """Return a message, as Flower would."""
+        """Not there: nobody asks a door for messages."""
         raise NotImplementedError
 
     def get_node_ids(self) -> list[int]:
@@ -102,7 +102,7 @@ class Door(Grid):
         return []
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Do not."""
+        """Not there: nobody waits at a door for replies."""
         raise NotImplementedError
 
 
