@@ -126,7 +126,7 @@ class Deployment:
         self._node_configs = [{"partition-id": i, "num-partitions": nodes, **own[i]} for i in range(nodes)]
         self._services: list[Service] = []
         self._secure, self._mark = secure, uuid.uuid4().hex
-        self._port, *self._node_ports = _free_ports(1 + nodes)
+        self._port, *self._node_ports = free_ports(1 + nodes)
         tls = self.folder / "tls"
         self._authority, self._certificate, self._key = tls / "ca.pem", tls / "server.pem", tls / "server.key"
         path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # Flower looks its own commands up there
@@ -283,7 +283,8 @@ def _write_toml(file: Path, values: Mapping[str, Any]) -> str:
     return str(file)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that are free now, all different."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

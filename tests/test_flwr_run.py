@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +16,10 @@ from typing import Any
 import pytest
 
 from fl_edge.checkpoints import load_checkpoint
+from simulations.deployment import free_ports
 from simulations.launch import APP, stop_superlink, superlink_family
 from tests.scenarios import SMALL, locally
 from tests.tiny import same_bits
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -41,7 +35,7 @@ class Launcher:
             **os.environ,
             "FLWR_HOME": str(self.folder / "flwr"),
             "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
-            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+            "FLWR_LOCAL_CONTROL_API_PORT": str(free_ports(1)[0]),
             "FL_EDGE_CACHE": str(self.folder / "cache"),
         }
         arguments = [f"{key}={value}" for key, value in values.items() if value is not None]
@@ -58,7 +52,7 @@ class Launcher:
 
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[Launcher]:
-    made = Launcher(tmp_path, free_port())
+    made = Launcher(tmp_path, free_ports(1)[0])
     yield made
     stop_superlink(made.port)
 
