@@ -29,6 +29,7 @@ from fl_edge.fedspine.lowrank import Side, best
 Rule = Literal["masked_mean", "flexlora", "rank_partitioned", "stacking"]
 
 
+@torch.no_grad()
 def aggregate(rule: Rule, parts: Iterable[Part], previous: Factors, rank: int, generator: torch.Generator) -> Factors:
     """Return the new global factors of one linear map.
 
@@ -68,6 +69,7 @@ def aggregate(rule: Rule, parts: Iterable[Part], previous: Factors, rank: int, g
     return _padded(best(left, right, rank), rank, previous, generator)
 
 
+@torch.no_grad()
 def truncate(factors: Factors, rank: int, generator: torch.Generator) -> Factors:
     """Return the best approximation of the product by ``rank`` directions, ordered by singular value.
 
