@@ -22,7 +22,7 @@ from fl_edge.data.images import load_test
 from fl_edge.errors import ConfigError
 from fl_edge.files import write_whole
 from fl_edge.link.packing import tensor_bytes
-from fl_edge.mergesfl.observers import Lines, Recorder, TensorBoard
+from fl_edge.observers import Lines, Recorder, TensorBoard
 from fl_edge.mergesfl.pictures import draw
 from fl_edge.mergesfl.report import RoundReport, summarise
 from fl_edge.models.evaluation import evaluate

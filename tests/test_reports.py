@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fl_edge.errors import RunFolderError
-from fl_edge.mergesfl.observers import Lines, TensorBoard
+from fl_edge.observers import Lines, TensorBoard
 from fl_edge.mergesfl.pictures import draw
 from fl_edge.mergesfl.report import Lost, RoundReport, summarise
 from tests.tiny_report import report

@@ -52,6 +52,28 @@ class RoundReport:
         """Undo :meth:`to_record`."""
         return cls(**{**record, "lost": [Lost(**lost) for lost in record["lost"]]})
 
+    def scalars(self) -> dict[str, float | None]:
+        """Return what TensorBoard follows over the rounds."""
+        return {
+            "accuracy/test": self.test_accuracy,
+            "accuracy/merged_batches": self.train_accuracy,
+            "loss/test": self.test_loss,
+            "loss/merged_batches": self.train_loss,
+            "control/kl": self.kl,
+            "control/cohort": len(self.devices),
+            "control/lost": len(self.lost),
+            "control/learning_rate": self.learning_rate,
+            "time/waiting_s": self.waiting_s,
+            "time/virtual_s": self.virtual_s,
+            "time/real_s_of_round": self.real_s,
+            "traffic/up_bytes": self.up_bytes,
+            "traffic/down_bytes": self.down_bytes,
+        }
+
+    def histograms(self) -> dict[str, Sequence[float]]:
+        """Return what TensorBoard shows of the devices."""
+        return {"devices/batch_size": self.batch_sizes, "devices/iteration_s": self.iteration_s}
+
     def line(self, rounds: int, left_s: float) -> str:
         """Return the round as one line of text; ``left_s`` is the time that the remaining rounds may take."""
         tested = "" if self.test_accuracy is None else f"acc {self.test_accuracy:.3f}  "

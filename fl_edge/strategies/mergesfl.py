@@ -28,7 +28,7 @@ from fl_edge.link.packing import pack, tensor_bytes
 from fl_edge.mergesfl.batching import average_waiting, bottom_learning_rates
 from fl_edge.mergesfl.bottoms import aggregate
 from fl_edge.mergesfl.config import MergeSFLConfig
-from fl_edge.mergesfl.observers import Lines
+from fl_edge.observers import Lines
 from fl_edge.mergesfl.planning import Plan, make_plan
 from fl_edge.mergesfl.replies import checked_weights
 from fl_edge.mergesfl.report import RoundReport

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from torch import Tensor
 
 from fl_edge.checkpoints import save_checkpoint
 from fl_edge.errors import RunFolderError
-from fl_edge.mergesfl.report import RoundReport
 from fl_edge.runs import RunFolder
+
+
+class Report(Protocol):
+    """One round of any system, in numbers."""
+
+    @property
+    def server_round(self) -> int:
+        """Counted from 1."""
+
+    @property
+    def real_s(self) -> float:
+        """Seconds that the round took on this machine."""
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+
+    def line(self, rounds: int, left_s: float) -> str:
+        """Return the round as one line of text; ``left_s`` is the time that the remaining rounds may take."""
+
+    def scalars(self) -> Mapping[str, float | None]:
+        """Return what is followed over the rounds, by name; None is left out."""
+
+    def histograms(self) -> Mapping[str, Sequence[float]]:
+        """Return what has one value a device, by name."""
 
 
 class Lines:
@@ -25,7 +48,7 @@ class Lines:
         self._write = write
         self._real_s: list[float] = []
 
-    def __call__(self, report: RoundReport) -> None:
+    def __call__(self, report: Report) -> None:
         """Write the line of a round."""
         self._real_s.append(report.real_s)
         usual_s = fmean(self._real_s[1:] or self._real_s)  # the first round waits for processes to start
@@ -45,7 +68,7 @@ class Recorder:
         self.folder = folder
         self._snapshot = snapshot
 
-    def __call__(self, report: RoundReport) -> None:
+    def __call__(self, report: Report) -> None:
         """Record a round. The record comes first: a checkpoint never knows a round that rounds.jsonl does not."""
         self.folder.add_round(report.to_record())
         save_checkpoint(self.folder.checkpoints, report.server_round, *self._snapshot())
@@ -82,29 +105,14 @@ class TensorBoard:
         except OSError:  # a disk that is full now was reported by the round that met it
             return
 
-    def __call__(self, report: RoundReport) -> None:
+    def __call__(self, report: Report) -> None:
         """Write the events of a round."""
-        scalars = {
-            "accuracy/test": report.test_accuracy,
-            "accuracy/merged_batches": report.train_accuracy,
-            "loss/test": report.test_loss,
-            "loss/merged_batches": report.train_loss,
-            "control/kl": report.kl,
-            "control/cohort": len(report.devices),
-            "control/lost": len(report.lost),
-            "control/learning_rate": report.learning_rate,
-            "time/waiting_s": report.waiting_s,
-            "time/virtual_s": report.virtual_s,
-            "time/real_s_of_round": report.real_s,
-            "traffic/up_bytes": report.up_bytes,
-            "traffic/down_bytes": report.down_bytes,
-        }
         try:
-            for name, value in scalars.items():
+            for name, value in report.scalars().items():
                 if value is not None:
                     self._writer.add_scalar(name, value, report.server_round)
-            self._writer.add_histogram("devices/batch_size", np.array(report.batch_sizes), report.server_round)
-            self._writer.add_histogram("devices/iteration_s", np.array(report.iteration_s), report.server_round)
+            for name, values in report.histograms().items():
+                self._writer.add_histogram(name, np.array(values), report.server_round)
             self._writer.flush()
         except OSError as error:
             raise RunFolderError(f"cannot write TensorBoard events in {self._path}: {error.strerror}") from None
