@@ -22,7 +22,7 @@ def measured_transfer_s(turnaround_s: float, handled_s: float, batch_size: int) 
     """Return beta_i of one exchange as it was measured, in seconds a sample.
 
     What is no work of the worker's counts as transfer: gradient down, features up, and all that lies between. The
-    formula is ours; the paper does not say how a worker's beta_i is measured.
+    formula is ours.
 
     Parameters
     ----------
