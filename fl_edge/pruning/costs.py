@@ -103,11 +103,12 @@ def count_lora(model: nn.Module, plan: PruningPlan, rank: int, targets: Collecti
     rank
         Of every pair of factors.
     targets
-        Last names of the members that have one, as peft's ``target_modules``, for example ``("query", "value")``.
+        Ends of the paths of the members that have one, as in peft's ``target_modules``: ``("query", "value")``. Maps
+        that are no members (poolers, heads of tasks) are not counted.
     """
     base, total = plain(model), 0
     for member in members(model):
-        if member.path.endswith(tuple(f".{target}" for target in targets)):
+        if f".{member.path}".endswith(tuple(f".{target}" for target in targets)):
             other = base_linear(base.get_submodule(member.path), member.path).weight.shape[1 - member.axis]
             total += rank * (other + len(plan.kept(member.layer, member.unit)) * member.width)
     return total
