@@ -72,6 +72,11 @@ class PruningPlan:
         """Return how many units a layer has before pruning."""
         return self.heads[layer] if unit == "heads" else self.channels[layer]
 
+    def unpruned(self) -> PruningPlan:
+        """Return the plan of the same model that keeps everything."""
+        layers = (LayerPlan(tuple(range(h)), tuple(range(c))) for h, c in zip(self.heads, self.channels, strict=True))
+        return PruningPlan(self.model_type, self.heads, self.channels, tuple(layers))
+
     def covers(self, other: PruningPlan) -> bool:
         """Whether ``other`` belongs to the same model and keeps nothing that this plan has removed."""
         return (self.model_type, self.heads, self.channels) == (other.model_type, other.heads, other.channels) and all(
