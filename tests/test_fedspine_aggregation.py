@@ -183,18 +183,23 @@ def test_singular_values_are_shared_by_both_factors_and_descend() -> None:
     assert_same(product(gather(found, 3)), best_dense(b @ a, 3))
 
 
-@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (5, 7)])
-def test_directions_without_energy_are_drawn_anew_and_change_nothing(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (5, 7)])  # with the last one the sum is formed
+@pytest.mark.parametrize("shared", ["both", "a", "b"])
+def test_directions_without_energy_are_drawn_anew_and_change_nothing(shape: tuple[int, int], shared: str) -> None:
     rng = np.random.default_rng(3)
-    pair = draw_factors(rng, 2, *shape)
-    parts = [Part(Factors(pair.a, pair.b * scale), 1.0) for scale in (0.5, 2.0)]
-    found = aggregate("flexlora", parts, draw_factors(rng, 4, *shape), 4, generator(7))
-    assert_same(product(found), 1.25 * product(pair))
+    pair, previous = draw_factors(rng, 2, *shape), draw_factors(rng, 4, *shape)
+    parts = []
+    for scale in (0.5, 2.0, 1.0):
+        own = draw_factors(rng, 2, *shape)
+        a, b = (getattr(pair if shared in (side, "both") else own, side) for side in "ab")
+        parts.append(Part(Factors(a, b * scale), 1.0))
+    found = aggregate("flexlora", parts, previous, 4, generator(7))
+    assert_same(product(found), dense_mean(parts, previous))
     assert (found.b[:, 2:] == 0).all()
     bound = shape[1] ** -0.5
     assert (found.a[2:].abs().amax(1) > bound / 10).all()
     assert found.a[2:].abs().max() <= bound
-    other = aggregate("flexlora", parts, draw_factors(rng, 4, *shape), 4, generator(8))
+    other = aggregate("flexlora", parts, previous, 4, generator(8))
     assert torch.equal(other.b, found.b)
     assert not torch.equal(other.a[2:], found.a[2:])
 
@@ -218,6 +223,8 @@ def test_gather_then_scatter_is_the_identity(seed: int, rank: int) -> None:
     whole, other = draw_factors(rng, RANK), draw_factors(rng, RANK)
     rows, columns = (draw_indices(rng, width) if rng.random() < 0.7 else None for width in (OUT, IN))
     held = gather(whole, rank, rows, columns)
+    assert held.a.is_contiguous()
+    assert held.b.is_contiguous()
     back = scatter(held, whole, rows, columns)
     assert torch.equal(back.a, whole.a)
     assert torch.equal(back.b, whole.b)
@@ -233,14 +240,16 @@ def test_gather_then_scatter_is_the_identity(seed: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-5, 1e-3, 1.0])
+@pytest.mark.parametrize("lone", [False, True])  # all devices have moved away, or one alone
 @pytest.mark.parametrize("count", [3, 9])  # 9 of rank up to 6: the sum is formed
-def test_devices_that_start_from_one_a_lose_no_digits(noise: float, count: int) -> None:
+def test_devices_that_start_from_one_a_lose_no_digits(noise: float, lone: bool, count: int) -> None:
     rng = np.random.default_rng(6)
     start = draw_factors(rng, RANK)
     parts = []
     for index in range(count):
         own = draw_factors(rng, 1 + index % RANK)
-        parts.append(Part(Factors(start.a[: own.rank] + noise * own.a, own.b), 1.0))
+        apart = noise * (index == count - 1) if lone else noise
+        parts.append(Part(Factors(start.a[: own.rank] + apart * own.a, own.b), 1.0))
     assert_same(
         product(aggregate("flexlora", parts, start, RANK, generator())),
         best_dense(dense_mean(parts, start), RANK),
@@ -303,6 +312,7 @@ def test_a_stack_wider_than_its_map_is_compressed_without_loss() -> None:
     found = aggregate("stacking", parts, previous, RANK, generator())
     assert found.rank == IN
     assert_same(product(found), dense_mean(parts, previous))
+    assert aggregate("stacking", parts[:2], previous, 1, generator()).rank == sum(p.factors.rank for p in parts[:2])
     received = truncate(found, 4, generator())
     assert received.rank == 4
     assert_same(product(received), best_dense(dense_mean(parts, previous), 4))

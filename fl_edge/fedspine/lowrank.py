@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,10 +57,20 @@ class Side:
         )
 
     def slabs(self) -> Iterator[Tensor]:
-        """Yield all columns, some at a time, so that a wide side is never held twice."""
-        step = max(1, _SLAB // len(self))
-        for start in range(0, self.width, step):
-            yield self.slab(start, min(start + step, self.width))
+        """Yield all columns, some at a time, so that a large side is never held in float64."""
+        if self._step >= self.width:
+            yield self._only
+            return
+        for start in range(0, self.width, self._step):
+            yield self.slab(start, min(start + self._step, self.width))
+
+    @property
+    def _step(self) -> int:
+        return max(1, _SLAB // len(self))
+
+    @cached_property
+    def _only(self) -> Tensor:
+        return self.slab(0, self.width)
 
     def whole(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the side as one matrix, (R, width)."""
@@ -68,13 +79,23 @@ class Side:
     def gram(self) -> Tensor:
         """Return side sideᵀ, (R, R)."""
         total = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.blocks[0].device)
+        tile = max(128, len(self) // 4)
         for slab in self.slabs():
-            total.addmm_(slab, slab.T)
-        return total
+            for start in range(0, len(self), tile):  # the upper triangle is enough
+                total[start : start + tile, start:].addmm_(slab[start : start + tile], slab[start:].T)
+        total.triu_()
+        return total.add_(total.triu(1).T)
 
     def mix(self, coefficients: Tensor) -> Tensor:
         """Return coefficients side, (k, width), for coefficients (k, R)."""
         return torch.cat([coefficients @ slab for slab in self.slabs()], dim=1)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Return vectors sideᵀ, (k, R), for vectors (k, width)."""
+        total = vectors.new_zeros(len(vectors), len(self))
+        for part, slab in zip(torch.split(vectors, self._step, dim=1), self.slabs(), strict=True):
+            total.addmm_(part, slab.T)
+        return total
 
 
 def best(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
@@ -102,18 +123,15 @@ def _factored(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
     factor = _root(gram)
     gram = left.gram()
     bound = bound * gram.abs().sum(1).amax()
-    lifted = gram @ factor
-    del gram
-    values, vectors = torch.linalg.eigh(factor.T @ lifted)
-    if values[-1] <= 0:
-        return _nothing(left, right)
+    gram = factor.T @ (gram @ factor)  # C; one name for all three, as each is as large as a wide map's adapter
+    values, vectors = torch.linalg.eigh(gram)
     if bound * torch.finfo(torch.float64).eps > _TRUSTED * values[-1]:
         return _orthogonal(left, right, rank)
-    vectors = vectors[:, _kept(values.clamp(min=0).sqrt(), rank)]
-    b = left.mix((factor @ vectors).T).T  # left vectors times s
-    a = right.mix((lifted @ vectors).T)  # right vectors times s²
-    s = torch.linalg.vector_norm(b, dim=0)
-    return b / s.sqrt(), a / (s**1.5)[:, None]
+    mixing = (factor @ vectors[:, _kept(values.clamp(min=0).sqrt(), rank)]).T
+    b = left.mix(mixing)  # left vectors times s, (k, d_out)
+    a = right.mix(left.project(b))  # right vectors times s²
+    s = torch.linalg.vector_norm(b, dim=1, keepdim=True)
+    return (b / s.sqrt()).T, a / s**1.5
 
 
 def _root(gram: Tensor) -> Tensor:
@@ -143,8 +161,6 @@ def _dense(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
     tall = left.width > right.width
     total = total.T if tall else total
     values, vectors = torch.linalg.eigh(total @ total.T)
-    if values[-1] <= 0:
-        return _nothing(left, right)
     b = vectors[:, _kept(values.clamp(min=0).sqrt(), rank)]
     a = b.T @ total
     s = torch.linalg.vector_norm(a, dim=1)
@@ -155,9 +171,4 @@ def _dense(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
 def _kept(s: Tensor, rank: int) -> Tensor:
     """Return the indices of the largest singular values, largest first, without those that are zero."""
     values, order = s.topk(min(rank, len(s)))
-    return order[(values > NEGLIGIBLE * values[0]) & (values > 0)]
-
-
-def _nothing(left: Side, right: Side) -> tuple[Tensor, Tensor]:
-    zero = torch.zeros((), dtype=torch.float64, device=left.blocks[0].device)
-    return zero.expand(left.width, 0), zero.expand(0, right.width)
+    return order[values > NEGLIGIBLE * values[0]]
