@@ -1,10 +1,11 @@
-"""``python -m benchmarks [NAME] [--quick] [--seeds 0 1 2]``: list the benchmarks, or run one."""
+"""``python -m benchmarks [NAME] [--quick] [--seeds 0 1 2] [--device cuda]``: list the benchmarks, or run one."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help="the benchmark; without one, all are listed")
     parser.add_argument("--quick", action="store_true", help="a small variant that ends in a minute or so")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="instead of the benchmark's own")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for benchmarks of tensors; cuda has own results")
     options = parser.parse_args(arguments)
     known = catalogue()
     if options.name is None:
@@ -52,12 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from benchmarks.harness_run import run_benchmark
 
+    os.environ["FL_EDGE_DEVICE"] = options.device  # read where a benchmark has tensors, also in its child processes
     module = importlib.import_module(f"benchmarks.{options.name}")
     try:
         return run_benchmark(
             module.BENCHMARK,
             options.name,
-            FOLDER / "results",
+            FOLDER / "results" / ("" if options.device == "cpu" else options.device),
             quick=options.quick,
             seeds=options.seeds,
             sources=sources(options.name),
