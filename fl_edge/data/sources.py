@@ -89,6 +89,14 @@ def version(library: str) -> str:
         return hashlib.blake2b(repr(sizes).encode(), digest_size=8).hexdigest()
 
 
+def installed(library: str) -> bool:
+    """Return whether a library is there to be read."""
+    try:
+        return _folder(library).is_dir()
+    except DataError:
+        return False
+
+
 def _folder(library: str) -> Path:
     if library == STANDARD_LIBRARY:
         return Path(sysconfig.get_path("stdlib"))

@@ -139,8 +139,9 @@ def tokenized(texts: Texts, config: TextConfig, tokenizer: PreTrainedTokenizerBa
     if config.answers:
         return datasets.Dataset.from_dict(tokenize_answers(tokenizer, first, second[0], config.max_length))
     values: dict[str, Any] = tokenize_texts(tokenizer, first, second[0] if second else None, config.max_length)
-    rows = datasets.Dataset.from_dict(values | {"labels": texts.labels})
-    return rows.cast_column("labels", datasets.ClassLabel(names=texts.classes))
+    tokens = datasets.List(datasets.Value("int64"))
+    features = dict.fromkeys(values, tokens) | {"labels": datasets.ClassLabel(names=texts.classes)}
+    return datasets.Dataset.from_dict(values | {"labels": texts.labels}, features=datasets.Features(features))
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,3 +18,15 @@ class ModelConfig:
     )
     cut: int = setting(-1, "layers that make the bottom; -1: the model's own cut, that of MergeSFL's code", low=-1)
     dropout: float = setting(0.5, "of the two large models' tops", low=0.0, high=0.95)
+
+
+@dataclass(unsafe_hash=True)
+class LanguageModelConfig:
+    """A transformer of Hugging Face, the base that adapters are trained on."""
+
+    name: str = setting(
+        "small-bert",
+        "small-bert or small-llama (pretrained on local text at the first use), minilm (all-MiniLM-L6-v2 from its "
+        "package), a folder of save_pretrained, or the name of a model on the hub",
+    )
+    pretrain_steps: int = setting(0, "steps that pretrain a small model; 0: its own number", low=0)
