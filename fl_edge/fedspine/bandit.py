@@ -1,19 +1,24 @@
 """S-UCB: one device's bandit over (pruning ratio, LoRA rank), a tree partition refined where it plays.
 
 FedSpine (arXiv 2501.02438) names a "Smooth UCB" over a progressively refined partition; its bound and its split rule
-were not to be had. What stands here is *ours*, on the frame of FedMP's E-UCB (ICDE 2022): leaves are boxes, evidence is
-discounted, the leaf with the highest upper confidence bound is played and split. "Smooth" is read as sharing evidence
-between neighbours. With N(x) the discounted count of pulls of an arm x played before and R(x) their discounted mean,
+were not to be had. What stands here is *ours*, on the frame of FedMP's E-UCB (ICDE 2022): leaves are boxes, evidence
+may be discounted, the leaf of the highest upper confidence bound is played and the leaf that was played is split. "Smooth"
+is read as sharing evidence between neighbours. With N(x) the discounted count of pulls of an arm x played before and
+R(x) their discounted mean reward,
 
 ::
 
     k(x, z)  = exp(-|x - z|^2 / (2 reach^2))               on axes rescaled to [0, 1]
-    mean(z)  = m + k(z)' (K + D)^-1 (R - m),   D = diag(noise / N),   m = mean of all rewards
+    mean(z)  = m + k(z)' (K + D)^-1 (R - m),   D = diag(noise / N)
     width(z) = sqrt(1 - k(z)' (K + D)^-1 k(z))
     choose     argmax over leaves of mean + exploration * width      at the point z that the leaf would play
 
-This is the bound of a Gaussian process; as ``reach`` goes to 0 an arm keeps only its own evidence, and width^2 becomes
-noise / (N + noise): E-UCB's 1 / sqrt(N) again, without its logarithm.
+with m the least-squares mean of the surface. This is the bound of a Gaussian process; as ``reach`` goes to 0 an arm
+keeps only its own evidence, and width^2 becomes noise / (N + noise): E-UCB's 1 / sqrt(N) again, without its logarithm.
+
+A device whose speed changes makes all that was learned wrong at once, which a discount forgets too slowly or pays for
+in every other round. So rewards are watched by a cumulative sum (Page's test): how far each falls short of what was
+predicted, in standard deviations and less a slack. When it exceeds ``alarm``, all but the latest pulls are forgotten.
 """
 
 from __future__ import annotations
@@ -31,7 +36,10 @@ from fl_edge.errors import ConfigError
 
 Floats = NDArray[np.float64]
 
-MEMORY = 256  # pulls that an agent remembers; older ones weigh little, and cost as much
+MEMORY = 256  # pulls that an agent remembers
+_SLACK = 0.5  # Page's test: a shortfall up to so many standard deviations is no evidence
+_RECENT = 5  # pulls that an alarm leaves, and that must be there before one can be raised
+_NOISE, _NOISE_PULLS = 0.07, 2  # standard deviation assumed of a reward, and the number of pulls that this is worth
 
 
 @dataclass(frozen=True)
@@ -89,11 +97,12 @@ class Pull:
 class BanditConfig:
     """S-UCB. All defaults are ours, tuned on ``python -m benchmarks bandit``."""
 
-    exploration: float = setting(0.3, "weight of the confidence width, in units of reward", low=0.0)
-    reach: float = setting(0.3, "distance, on axes of length 1, over which neighbours share evidence", low=1e-3)
-    noise: float = setting(0.1, "variance of one reward over the variance of the mean reward across arms", low=1e-6)
-    discount: float = setting(0.98, "weight of a pull against the next one's", low=0.01, high=1.0)
-    resolution: float = setting(0.13, "no leaf's side longer than this, on axes of length 1, is left whole", low=0.01)
+    exploration: float = setting(0.2, "weight of the confidence width, in units of reward", low=0.0)
+    reach: float = setting(0.5, "distance, on axes of length 1, over which neighbours share evidence", low=1e-3)
+    noise: float = setting(0.2, "variance of one reward over the variance of the mean reward across arms", low=1e-6)
+    discount: float = setting(1.0, "weight of a pull by that of the next one", low=0.01, high=1.0)
+    alarm: float = setting(6.0, "shortfall of rewards that empties the memory, standard deviations; 0 for never", low=0)
+    resolution: float = setting(0.13, "a leaf is split until no side is longer, on axes of length 1", low=0.01)
     play: str = setting("centre", "the point of a leaf that is played", choices=("centre", "uniform"))
 
 
@@ -140,7 +149,9 @@ class Agent:
     cold
         Quadrants that are still to be pulled once.
     history
-        The latest pulls, at most :data:`MEMORY`, in the order they were learned.
+        The latest pulls since the last alarm, at most :data:`MEMORY`, in the order they were learned.
+    shortfall
+        Page's sum: by how many standard deviations the latest rewards fell short of their prediction.
     """
 
     config: BanditConfig
@@ -148,6 +159,7 @@ class Agent:
     leaves: list[Box] = field(default_factory=list)
     cold: list[int] = field(default_factory=list)
     history: list[Pull] = field(default_factory=list)
+    shortfall: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.leaves:
@@ -181,7 +193,11 @@ class Agent:
 
     def learn(self, arm: Arm, reward: float) -> None:
         """Take in what was really played, which may differ from what was chosen, and what it gave, in [0, 1]."""
+        if self.config.alarm > 0:
+            self.shortfall = max(0.0, self.shortfall - self._surprise(arm, reward) - _SLACK)
         self.history = [*self.history[-(MEMORY - 1) :], Pull(arm, reward)]
+        if self.shortfall > self.config.alarm > 0:
+            self.history, self.shortfall = self.history[-_RECENT:], 0.0
         self.cold = [index for index in self.cold if index != leaf_of(self.space, quadrants(self.space), arm)]
         index = leaf_of(self.space, self.leaves, arm)
         leaf = self.leaves[index]
@@ -194,13 +210,13 @@ class Agent:
         Costs O(d^3 + n d^2) with d the number of different arms in the history.
         """
         arms, count, mean = self.evidence()
-        overall = float(count @ mean / count.sum())
         known, asked = self.space.rescale(arms), self.space.rescale(points)
         shared = self._kernel(known, asked)
         matrix = self._kernel(known, known) + np.diag(self.config.noise / count)
-        solved = np.linalg.solve(matrix, np.column_stack([shared, mean - overall]))
-        variance = 1 - np.einsum("dn,dn->n", shared, solved[:, :-1])
-        return overall + shared.T @ solved[:, -1], np.sqrt(np.maximum(variance, 0.0))
+        solved = np.linalg.solve(matrix, np.column_stack([shared, mean, np.ones(len(arms))]))
+        overall = solved[:, -2].sum() / solved[:, -1].sum()
+        variance = 1 - np.einsum("dn,dn->n", shared, solved[:, :-2])
+        return overall + shared.T @ (solved[:, -2] - overall * solved[:, -1]), np.sqrt(np.maximum(variance, 0.0))
 
     def evidence(self) -> tuple[list[Arm], Floats, Floats]:
         """Return the different arms pulled, their discounted counts N and their discounted mean rewards R."""
@@ -217,6 +233,7 @@ class Agent:
             "leaves": [[box.low, box.high, box.first, box.last] for box in self.leaves],
             "cold": list(self.cold),
             "history": [[pull.arm.ratio, pull.arm.rank, pull.reward] for pull in self.history],
+            "shortfall": self.shortfall,
         }
 
     @classmethod
@@ -228,7 +245,17 @@ class Agent:
             [Box(*leaf) for leaf in record["leaves"]],
             list(record["cold"]),
             [Pull(Arm(ratio, rank), reward) for ratio, rank, reward in record["history"]],
+            record["shortfall"],
         )
+
+    def _surprise(self, arm: Arm, reward: float) -> float:
+        """Return reward minus prediction in standard deviations of noise and prediction; 0 while little is known."""
+        if len(self.history) <= _RECENT:
+            return 0.0
+        mean, width = self.predict([arm, *(pull.arm for pull in self.history)])
+        errors = np.array([pull.reward for pull in self.history]) - mean[1:]
+        variance = (float(errors @ errors) + _NOISE_PULLS * _NOISE**2) / (len(errors) + _NOISE_PULLS)
+        return float((reward - mean[0]) / np.sqrt(variance + np.square(self.config.exploration * width[0])))
 
     def _unpulled(self) -> list[Box]:
         every = quadrants(self.space)

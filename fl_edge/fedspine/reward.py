@@ -113,4 +113,5 @@ def rewards(
     weight = np.where(could, config.progress_weight, 0.0)
     worth = config.loss_weight * drop + weight * progress + config.importance_weight * update
     # a sum of weights times ones may end an ulp above the sum of the weights
-    return np.minimum(worth / (config.loss_weight + weight + config.importance_weight), 1.0) / (1 + difference)
+    share = np.minimum(worth / (config.loss_weight + weight + config.importance_weight), 1.0)
+    return np.asarray(share / (1 + difference))
