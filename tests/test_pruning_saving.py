@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fl_edge.errors import ConfigError, DataError, RunFolderError
-from fl_edge.pruning import PruningPlan, full_plan, load_pruned, members, prune, read_plan, save_pruned, saving
+from fl_edge.pruning import PruningPlan, full_plan, load_pruned, members, plain, prune, read_plan, save_pruned, saving
 from tests.tiny_transformers import DECODERS, FAMILIES, draw_batch, draw_plan, fill, logits, make_model, same_everywhere
 
 # peft asks transformers by a name that transformers has renamed
@@ -300,8 +300,10 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_removed(tmp_path: Pa
     model.merge_adapter()
     with pytest.raises(ConfigError, match="merged into the weights; call unmerge_adapter"):
         save_pruned(model, plan, tmp_path)
+    model.unmerge_adapter()
+    with pytest.raises(ConfigError, match="holds adapters without being a PeftModel"):
+        save_pruned(plain(model), plan, tmp_path)
     load_pruned(tmp_path)
     (tmp_path / "file").write_text("")
-    model.unmerge_adapter()
     with pytest.raises(RunFolderError, match=r"cannot write .*file"):
         save_pruned(model, plan, tmp_path / "file")

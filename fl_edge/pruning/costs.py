@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fl_edge.pruning.plan import PruningPlan
-from fl_edge.pruning.units import base_linear, find_blocks, members, plain, spans, unit_params
+from fl_edge.pruning.units import base_linear, find_blocks, members, of_adapter, plain, spans, unit_params
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def count_costs(model: nn.Module, plan: PruningPlan) -> Costs:
         reached[member.path] = linear.weight.numel() + (
             linear.bias.numel() if member.axis == 0 and linear.bias is not None else 0
         )
-    own = {name: parameter for name, parameter in base.named_parameters() if not _of_adapter(name)}
+    own = {name: parameter for name, parameter in base.named_parameters() if not of_adapter(name)}
     inside = sum(parameter.numel() for name, parameter in own.items() if name.startswith(f"{path}."))
     outside = sum(parameter.numel() for parameter in own.values()) - inside
     outside_macs = sum(
         module.weight.numel()
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(f"{path}.") and not _of_adapter(name)
+        if isinstance(module, nn.Linear) and not name.startswith(f"{path}.") and not of_adapter(name)
     )
     return Costs(
         prunable=prunable,
@@ -129,7 +129,3 @@ def sparsity(plan: PruningPlan, sizes: Sequence[tuple[int, int]]) -> float:
         kept += len(plan.layers[layer].heads) * head + len(plan.layers[layer].channels) * channel
         total += plan.heads[layer] * head + plan.channels[layer] * channel
     return 1 - kept / total
-
-
-def _of_adapter(name: str) -> bool:
-    return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))

@@ -28,7 +28,7 @@ from fl_edge.files import write_whole
 from fl_edge.pruning.architectures import FAMILIES
 from fl_edge.pruning.plan import PruningPlan
 from fl_edge.pruning.slicing import prune
-from fl_edge.pruning.units import plain, spans
+from fl_edge.pruning.units import of_adapter, plain, spans
 
 PLAN, WEIGHTS, ADAPTER = "plan.json", "model.safetensors", "adapter"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -52,7 +52,8 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path, tokenizer: An
     Raises
     ------
     ConfigError
-        A model that is not as the plan says, or whose adapter is merged into the weights.
+        A model that is not as the plan says, whose adapter is merged into the weights, or that holds adapters without
+        being a peft model, which would be lost.
     RunFolderError
         The folder cannot be written; what is there then is not taken for a pruned model.
     """
@@ -60,6 +61,8 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path, tokenizer: An
     base = plain(model)
     if any(getattr(module, "merged", False) for module in base.modules()):
         raise ConfigError("the adapter is merged into the weights; call unmerge_adapter() before saving")
+    if base is model and any(of_adapter(name) for name, _ in model.named_parameters()):
+        raise ConfigError("the model holds adapters without being a PeftModel; detach them, or save a PeftModel")
     weights = _weights(base)
     config = _config(base, plan, weights)
     try:
@@ -190,9 +193,9 @@ def _weights(base: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors under their plain names: no adapters, and one of each tied set."""
     weights: dict[str, Tensor] = {}
     for name, tensor in base.state_dict().items():
-        parts = name.split(".")
-        if "modules_to_save" not in parts and not any(part.startswith("lora_") for part in parts):
-            weights[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
+        if not of_adapter(name):
+            parts = (part for part in name.split(".") if part not in ("base_layer", "original_module"))
+            weights[".".join(parts)] = tensor
     tied: Mapping[str, str] = base.all_tied_weights_keys  # type: ignore[assignment]
     for name, source in tied.items():
         if name in weights and source in weights and weights[name].data_ptr() == weights[source].data_ptr():

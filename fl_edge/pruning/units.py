@@ -35,6 +35,11 @@ def plain(model: nn.Module) -> nn.Module:
     return unwrap() if callable(unwrap) else model
 
 
+def of_adapter(name: str) -> bool:
+    """Whether a parameter or module of this name is an adapter's, not the plain model's."""
+    return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
+
+
 def find_family(model: nn.Module) -> Family:
     """Return the family of a model.
 
