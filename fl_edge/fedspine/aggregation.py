@@ -64,7 +64,8 @@ def aggregate(rule: Rule, parts: Iterable[Part], previous: Factors, rank: int, g
     left, right = _mean_of_products(list(parts), previous, by_rank=rule == "rank_partitioned")
     if rule == "stacking":
         if len(left) <= widest:
-            return Factors(right.whole(previous.a.dtype), left.whole(previous.b.dtype).T.contiguous())
+            a = right.fill(previous.a.new_empty(len(right), right.width))
+            return Factors(a, left.fill(previous.b.new_empty(left.width, len(left)).T).T)
         rank = widest
     return _padded(best(left, right, rank), rank, previous, generator)
 

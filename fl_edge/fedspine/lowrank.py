@@ -19,7 +19,7 @@ from torch import Tensor
 NEGLIGIBLE = torch.finfo(torch.float32).eps
 # Rounding of C, relative to its largest eigenvalue, up to which its eigenvectors are exact enough (1e-6 of the sum).
 _TRUSTED = 1e-13
-_SLAB = 2**20  # numbers of a side that are held in float64 at once
+_SLAB = 2**18  # numbers of a side that are held in float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +72,15 @@ class Side:
     def _only(self) -> Tensor:
         return self.slab(0, self.width)
 
-    def whole(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return the side as one matrix, (R, width)."""
-        return torch.cat([slab.to(dtype) for slab in self.slabs()], dim=1)
+    def fill(self, out: Tensor) -> Tensor:
+        """Write the side into ``out``, (R, width) of any floating type, and return that."""
+        for part, slab in zip(torch.split(out, self._step, dim=1), self.slabs(), strict=True):
+            part.copy_(slab)
+        return out
+
+    def whole(self) -> Tensor:
+        """Return the side as one matrix, (R, width) float64."""
+        return self.fill(torch.empty(len(self), self.width, dtype=torch.float64, device=self.blocks[0].device))
 
     def gram(self) -> Tensor:
         """Return side sideᵀ, (R, R)."""
@@ -83,8 +89,9 @@ class Side:
         for slab in self.slabs():
             for start in range(0, len(self), tile):  # the upper triangle is enough
                 total[start : start + tile, start:].addmm_(slab[start : start + tile], slab[start:].T)
-        total.triu_()
-        return total.add_(total.triu(1).T)
+        for start in range(0, len(self), tile):
+            total[start + tile :, start : start + tile] = total[start : start + tile, start + tile :].T
+        return total
 
     def mix(self, coefficients: Tensor) -> Tensor:
         """Return coefficients side, (k, width), for coefficients (k, R)."""
@@ -119,10 +126,10 @@ def best(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
 
 def _factored(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
     gram = right.gram()
-    bound = gram.abs().sum(1).amax()  # above the largest eigenvalue
+    bound = torch.linalg.vector_norm(gram, 1, dim=1).amax()  # above the largest eigenvalue
     factor = _root(gram)
     gram = left.gram()
-    bound = bound * gram.abs().sum(1).amax()
+    bound = bound * torch.linalg.vector_norm(gram, 1, dim=1).amax()
     gram = factor.T @ (gram @ factor)  # C; one name for all three, as each is as large as a wide map's adapter
     values, vectors = torch.linalg.eigh(gram)
     if bound * torch.finfo(torch.float64).eps > _TRUSTED * values[-1]:
