@@ -91,6 +91,18 @@ def test_slicing_removes_what_the_plan_removes(family: str) -> None:
             assert module.bias is None or module.bias.shape == module.weight.shape[:1]
 
 
+def test_numbers_that_modules_keep_of_their_own_follow() -> None:
+    pruned = {family: make_model(family, "bare") for family in ("bert", "distilbert", "mistral")}
+    for model in pruned.values():
+        prune(model, same_everywhere(model, (1, 2, 3), (0, 5)))
+    attention = pruned["bert"].encoder.layer[1].attention.self
+    assert (attention.num_attention_heads, attention.all_head_size) == (3, 24)
+    assert pruned["distilbert"].transformer.layer[1].attention.n_heads == 3
+    assert pruned["mistral"].layers[1].mlp.intermediate_size == 2
+    assert pruned["mistral"].layers[1].self_attn.num_key_value_groups == 2
+    assert pruned["mistral"].config.num_attention_heads == 8
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_steps_equal_one(family: str) -> None:
     rng = np.random.default_rng(2)
