@@ -82,12 +82,12 @@ def truncate(factors: Factors, rank: int, generator: torch.Generator) -> Factors
 
 
 def _padded(pair: tuple[Tensor, Tensor], rank: int, like: Factors, generator: torch.Generator) -> Factors:
-    b, a = pair
-    missing = rank - len(a)
+    u, v = pair
+    missing = rank - len(u)
     if missing:
-        a = torch.cat([a, fresh_rows(missing, a.shape[1], generator).to(a)])
-        b = torch.nn.functional.pad(b, (0, missing))
-    return _like(like, b, a)
+        u = torch.cat([u, u.new_zeros(missing, u.shape[1])])
+        v = torch.cat([v, fresh_rows(missing, v.shape[1], generator).to(v)])
+    return _like(like, u.T, v)
 
 
 def _like(like: Factors, b: Tensor, a: Tensor) -> Factors:

@@ -1,8 +1,8 @@
 """Best rank-r approximation of a sum of rank-one terms, without ever forming the sum where it is large.
 
-A sum M = sum_j left_j ⊗ right_j of R terms has two sides, (R, d_out) and (R, d_in). With the sides' Gram matrices
-G_l = F_l'F_l' and G_r = F F', M Mᵀ and C = Fᵀ G_l F, which is only (R, R), share their nonzero eigenvalues, and C's
-eigenvectors V give those of M: M's left vectors are leftᵀ F V / s. All of it is computed in float64.
+A sum M = leftᵀ right of R terms has two sides, left (R, d_out) and right (R, d_in). With right rightᵀ = F Fᵀ, the
+matrix C = Fᵀ (left leftᵀ) F is only (R, R) and has the nonzero eigenvalues of M Mᵀ, which are the squares of M's
+singular values s; its eigenvectors V give M's left vectors, leftᵀ F V / s. All of it is computed in float64.
 """
 
 from __future__ import annotations
@@ -110,18 +110,16 @@ def best(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
 
     Returns
     -------
-    b, a
-        (d_out, k) and (k, d_in), k at most ``rank``, in descending order of singular values: their square roots times
-        the left and the right vectors. Values that are zero to float32 are left out. The largest entry of each left
-        vector is positive, so that the result does not depend on the routine that found it.
+    left, right vectors
+        (k, d_out) and (k, d_in), k at most ``rank``, in descending order of singular values, each times the square root
+        of its own. Values that are zero to float32 are left out. The largest entry of each left vector is positive, so
+        that the result does not depend on the routine that found it.
     """
-    if len(left) >= min(left.width, right.width):
-        b, a = _dense(left, right, rank)
-    else:
-        b, a = _factored(left, right, rank)
-    peaks = b.gather(0, b.abs().argmax(0, keepdim=True))  # (1, k)
-    signs = torch.where(peaks < 0, -1.0, 1.0).to(b)
-    return b * signs, a * signs.T
+    wide = len(left) >= min(left.width, right.width)
+    u, v = _dense(left, right, rank) if wide else _factored(left, right, rank)
+    peaks = u.gather(1, u.abs().argmax(1, keepdim=True))  # (k, 1)
+    signs = torch.where(peaks < 0, -1.0, 1.0).to(u)
+    return u * signs, v * signs
 
 
 def _factored(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
@@ -135,10 +133,10 @@ def _factored(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
     if bound * torch.finfo(torch.float64).eps > _TRUSTED * values[-1]:
         return _orthogonal(left, right, rank)
     mixing = (factor @ vectors[:, _kept(values.clamp(min=0).sqrt(), rank)]).T
-    b = left.mix(mixing)  # left vectors times s, (k, d_out)
-    a = right.mix(left.project(b))  # right vectors times s²
-    s = torch.linalg.vector_norm(b, dim=1, keepdim=True)
-    return (b / s.sqrt()).T, a / s**1.5
+    u = left.mix(mixing)  # left vectors times s
+    v = right.mix(left.project(u))  # right vectors times s²
+    s = torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    return u / s.sqrt(), v / s**1.5
 
 
 def _root(gram: Tensor) -> Tensor:
@@ -159,7 +157,8 @@ def _orthogonal(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
     q_right, r_right = torch.linalg.qr(right.whole().T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
     held = _kept(s, rank)
-    return q_left @ (u[:, held] * s[held].sqrt()), (s[held].sqrt()[:, None] * vh[held]) @ q_right.T
+    root = s[held].sqrt()[:, None]
+    return (root * u.T[held]) @ q_left.T, (root * vh[held]) @ q_right.T
 
 
 def _dense(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
@@ -168,11 +167,11 @@ def _dense(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
     tall = left.width > right.width
     total = total.T if tall else total
     values, vectors = torch.linalg.eigh(total @ total.T)
-    b = vectors[:, _kept(values.clamp(min=0).sqrt(), rank)]
-    a = b.T @ total
-    s = torch.linalg.vector_norm(a, dim=1)
-    b, a = b * s.sqrt(), a / s.sqrt()[:, None]
-    return (a.T, b.T) if tall else (b, a)
+    u = vectors.T[_kept(values.clamp(min=0).sqrt(), rank)]
+    v = u @ total  # right vectors times s
+    root = torch.linalg.vector_norm(v, dim=1, keepdim=True).sqrt()
+    u, v = u * root, v / root
+    return (v, u) if tall else (u, v)
 
 
 def _kept(s: Tensor, rank: int) -> Tensor:
