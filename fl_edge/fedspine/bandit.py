@@ -2,9 +2,9 @@
 
 FedSpine (arXiv 2501.02438) names a "Smooth UCB" over a progressively refined partition; its bound and its split rule
 were not to be had. What stands here is *ours*, on the frame of FedMP's E-UCB (ICDE 2022): leaves are boxes, evidence
-may be discounted, the leaf of the highest upper confidence bound is played and the leaf that was played is split. "Smooth"
-is read as sharing evidence between neighbours. With N(x) the discounted count of pulls of an arm x played before and
-R(x) their discounted mean reward,
+may be discounted, the leaf of the highest upper confidence bound is played and the leaf that was played is split.
+"Smooth" is read as sharing evidence between neighbours. With N(x) the discounted count of pulls of an arm x
+that was played before and R(x) their discounted mean reward,
 
 ::
 

@@ -78,7 +78,9 @@ def ratio_bounds(config: ScheduleConfig, sparsity: float, server_round: int, rou
     if config.reading == "increment":
         least = need - _reach(config, later)
     else:
-        least = 1 - (1 - need) / (1 - _reach(config, later))
+        left, kept = 1 - need, (1 - config.largest) ** later
+        # compared before dividing: many rounds of a large p_max keep nothing
+        least = 1 - left / kept if left < kept else 0.0
     return min(max(least, 0.0), largest), largest
 
 
