@@ -45,7 +45,7 @@ _SECTION = re.compile(
     r"^\s*(-{3,}|={3,}|~{3,}|>>>|\.\. |[A-Z][A-Za-z ]*:$|(Parameters|Returns|Examples?|Notes?)$)", re.M
 )
 _ROLE = re.compile(r":[\w:+-]+:`")
-_MARKUP = re.compile(r"[`*]+|\|\w+\||\[`?~")
+_MARKUP = re.compile(r"`~?|\*+|\|\w+\|")
 _WORD = re.compile(r"[a-z]+")
 
 

@@ -135,6 +135,8 @@ def tokenized(texts: Texts, config: TextConfig, tokenizer: PreTrainedTokenizerBa
     """Tokenise a split; see :func:`load_text_device`."""
     import datasets  # noqa: PLC0415 - heavy
 
+    if config.max_length > tokenizer.model_max_length:
+        raise DataError(f"max_length={config.max_length} is not possible; the model takes {tokenizer.model_max_length}")
     first, *second = texts.strings()
     if config.answers:
         return datasets.Dataset.from_dict(tokenize_answers(tokenizer, first, second[0], config.max_length))

@@ -18,7 +18,7 @@ _ITERATIONS = 3
 
 
 def word_vectors(rows: Iterable[Sequence[int]], vocabulary: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return vectors float32 (vocabulary, width) with unit variance; tokens in like company get like vectors.
+    """Return vectors float32 (vocabulary, width) with a mean square of one; tokens in like company get like vectors.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def word_vectors(rows: Iterable[Sequence[int]], vocabulary: int, width: int, gen
         basis = torch.linalg.qr(information @ (information @ basis)).Q
     left, values, _ = torch.linalg.svd(basis.T @ information, full_matrices=False)
     vectors = (basis @ left[:, :width]) * values[:width].sqrt()
-    scaled: Tensor = vectors / vectors.std().clamp_min(1e-12)
+    scaled: Tensor = vectors / vectors.square().mean().sqrt().clamp_min(1e-12)
     return scaled
 
 

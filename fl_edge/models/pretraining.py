@@ -6,12 +6,10 @@ The result depends on the text, the settings and the number of threads, on no gl
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -127,14 +125,3 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def all_threads() -> Iterator[None]:
-    """Use every core: whoever pretrains holds a lock that the other processes wait for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -23,9 +23,9 @@ from fl_edge.data.sources import STANDARD_LIBRARY, documented, installed, source
 from fl_edge.data.tokens import batches
 from fl_edge.errors import ConfigError
 from fl_edge.models.embedding import word_vectors
-from fl_edge.models.pretraining import Batch, all_threads, initialise, pretrain, weights_digest
+from fl_edge.models.pretraining import Batch, initialise, pretrain, weights_digest
 from fl_edge.models.quiet import quiet
-from fl_edge.models.vocabulary import byte_pairs, word_pieces
+from fl_edge.models.vocabulary import decoder_tokenizer, encoder_tokenizer
 from fl_edge.seeding import torch_rng
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Recipe:
 
 _PUBLIC = (STANDARD_LIBRARY, "sympy", "networkx", "matplotlib", "ray", "flwr", "datasets", "PIL")
 SMALL_MODELS = {
-    "small-bert": Recipe("encoder", _PUBLIC, 4096, 4, 128, 4, 4, 512, 128, 500, 32, 1e-3, 40),
+    "small-bert": Recipe("encoder", _PUBLIC, 4096, 4, 128, 4, 4, 512, 128, 300, 32, 1e-3, 40),
     "small-llama": Recipe("decoder", (STANDARD_LIBRARY,), 2048, 4, 128, 4, 2, 384, 512, 500, 16, 3e-3, 4000),
 }
 
@@ -107,7 +107,7 @@ def small_model(name: str, steps: int = 0) -> Path:
 
     def make(folder: Path) -> None:
         log.info("pretraining %s on the text of %s, once on this machine", name, ", ".join(recipe.libraries))
-        with all_threads(), quiet():
+        with quiet():
             model = (_encoder if recipe.kind == "encoder" else _decoder)(recipe, name, folder)
             model.save_pretrained(folder)
         log.info("pretrained %s, weights %s, in %s", name, weights_digest(model), folder.with_name(key))
@@ -120,7 +120,7 @@ def _encoder(recipe: Recipe, name: str, folder: Path) -> PreTrainedModel:
     from transformers import BertConfig, BertForSequenceClassification  # noqa: PLC0415 - heavy
 
     topics, texts = _topics(recipe)
-    tokenizer = word_pieces(texts, recipe.vocabulary)
+    tokenizer = encoder_tokenizer(texts, recipe.vocabulary)
     tokenizer.model_max_length = recipe.positions
     tokenizer.save_pretrained(folder)
     tokens = tokenizer(texts, truncation=True, return_token_type_ids=False)["input_ids"]
@@ -179,11 +179,11 @@ def _decoder(recipe: Recipe, name: str, folder: Path) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - heavy
 
     texts = _sources(recipe)
-    tokenizer = byte_pairs(texts, recipe.vocabulary)
-    tokenizer.model_max_length = recipe.positions
-    tokenizer.save_pretrained(folder)
+    tokenizer = decoder_tokenizer(texts, recipe.vocabulary)
     end = tokenizer.eos_token_id
     tokens = torch.tensor([token for row in tokenizer(texts)["input_ids"] for token in (*row, end)])
+    tokenizer.model_max_length = recipe.positions  # after the texts, which are far longer
+    tokenizer.save_pretrained(folder)
     settings = LlamaConfig(
         vocab_size=len(tokenizer),
         pad_token_id=end,
