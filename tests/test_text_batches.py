@@ -168,7 +168,12 @@ def test_pairs_of_texts_are_joined(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("category", ["", "kind"])
 def test_instructions_from_a_folder(tmp_path: Path, category: str) -> None:
-    columns: dict[str, list[Any]] = {"instruction": TEXTS, "response": TEXTS[::-1], "kind": ANIMALS, "number": list(range(30))}
+    columns: dict[str, list[Any]] = {
+        "instruction": TEXTS,
+        "response": TEXTS[::-1],
+        "kind": ANIMALS,
+        "number": list(range(30)),
+    }
     source = table("jsonl", tmp_path / "data", columns)
     config = TextConfig(source=source, response_column="response", label_column=category, partition="iid")
     assert text_classes(config, 1) == (["cat", "dog", "eel"] if category else ["all"])
