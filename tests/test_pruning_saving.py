@@ -88,6 +88,9 @@ def test_heads_that_the_configuration_cannot_say_keep_the_unpruned_sizes(
     prune(model, plan)
     save_pruned(model, plan, tmp_path)
     equal_bits(load_pruned(tmp_path), model)
+    written = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert written.num_attention_heads == model.config.num_attention_heads
+    assert 24 in (getattr(written, "intermediate_size", 0), getattr(written, "hidden_dim", 0))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         PLAIN["classification"].from_pretrained(tmp_path)
 
@@ -123,6 +126,7 @@ def test_types_labels_and_generation_settings_stay(tmp_path: Path) -> None:
     save_pruned(model, plan, tmp_path)
     loaded: Any = load_pruned(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert loaded.generation_config.max_new_tokens == 3
     assert loaded.config.id2label == model.config.id2label
     equal_bits(loaded, model)
@@ -179,7 +183,7 @@ def test_a_tokenizer_lies_beside_the_model(tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("sparse wood")["input_ids"] == [1, 0]
 
 
-@pytest.mark.parametrize("step", ["_write_tensors", "_write_adapter", "_sha256", "write_whole"])
+@pytest.mark.parametrize("step", ["save_file", "_write_adapter", "_sha256", "write_whole"])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_save_that_is_cut_short_looks_like_none(
     step: str, before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,7 +192,9 @@ def test_a_save_that_is_cut_short_looks_like_none(
     if before:
         save_pruned(model, plan, tmp_path)
 
-    def killed(*_: Any) -> None:
+    def killed(*given: Any, **_: Any) -> None:
+        if step == "save_file":
+            given[1].write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(saving, step, killed)

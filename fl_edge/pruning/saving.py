@@ -64,7 +64,7 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path, tokenizer: An
     if base is model and any(of_adapter(name) for name, _ in model.named_parameters()):
         raise ConfigError("the model holds adapters without being a PeftModel; detach them, or save a PeftModel")
     weights = _weights(base)
-    config = _config(base, plan, weights)
+    config = _config(base, plan)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (PLAN, CONFIG, GENERATION):
@@ -203,23 +203,20 @@ def _weights(base: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in weights.items()}
 
 
-def _config(base: nn.Module, plan: PruningPlan, weights: Mapping[str, Tensor]) -> Any:
+def _config(base: nn.Module, plan: PruningPlan) -> Any:
     """Return the configuration to write: with the pruned sizes where it can say them, else with the unpruned ones."""
     unpruned: Any = copy.deepcopy(base.config)
     unpruned.architectures, unpruned.dtype = [type(base).__name__], base.dtype
-    heads, channels = (
-        {len(plan.kept(layer, unit)) for layer in range(len(plan.layers))} for unit in ("heads", "channels")
-    )
-    if len(heads) > 1 or len(channels) > 1:
+    heads = {len(layer.heads) for layer in plan.layers}
+    channels = {len(layer.channels) for layer in plan.layers}
+    cut = heads != {plan.heads[0]}
+    if len(heads) > 1 or len(channels) > 1 or (cut and not FAMILIES[plan.model_type].heads_keys):
         return unpruned
     resized = _resized(unpruned, heads.pop(), channels.pop())
-    try:
-        # through text and back, since a configuration's own rules are checked when it is read
-        shapes = _empty(type(base), type(resized).from_dict(json.loads(resized.to_json_string()))).state_dict()
+    try:  # through text and back: a configuration's own rules are checked when it is read
+        return type(resized).from_dict(json.loads(resized.to_json_string()))
     except (ValueError, StrictDataclassError):
         return unpruned
-    fits = all(name in shapes and shapes[name].shape == tensor.shape for name, tensor in weights.items())
-    return resized if fits else unpruned
 
 
 def _resized(config: Any, heads: int, channels: int) -> Any:
@@ -252,9 +249,7 @@ def _write_adapter(model: Any, folder: Path) -> None:
     name = model.active_adapter
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     _write_tensors(folder / "adapter_model.safetensors", {key: value.contiguous() for key, value in tensors.items()})
-    config = copy.deepcopy(model.peft_config[name])
-    config.inference_mode = True
-    config.save_pretrained(folder)
+    model.peft_config[name].save_pretrained(folder)
 
 
 def _sha256(file: Path) -> str:
