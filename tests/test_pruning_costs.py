@@ -67,6 +67,10 @@ def test_attention_counts_scores_and_values_of_the_query_heads_that_stay() -> No
 def test_adapters_are_counted_apart(family: str) -> None:
     model = make_model(family)
     plan, bare = draw_plan(model, np.random.default_rng(1), 0.5), count_costs(model, full_plan(model))
+    headed = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")
+    )
+    assert count_costs(headed, full_plan(model)) == bare
     paths = [member.path for member in members(model)]
     for targets in (paths, [paths[0].rpartition(".")[2]]):
         wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=3, target_modules=targets))
