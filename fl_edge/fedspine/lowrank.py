@@ -47,14 +47,20 @@ class Side:
 
     def slab(self, start: int, stop: int) -> Tensor:
         """Return columns ``start`` to ``stop``, (R, stop - start) float64."""
+        slab = torch.cat([block[:, start:stop] for block in self.blocks]).double()
         if self.shares is None:
-            return torch.cat([block[:, start:stop] for block in self.blocks]).double()
-        return torch.cat(
-            [
-                block[:, start:stop] * (share if share.shape[1] == 1 else share[:, start:stop])
-                for block, share in zip(self.blocks, self.shares, strict=True)
-            ]
-        )
+            return slab
+        if self.shares[0].shape[1] == 1:
+            return slab.mul_(self._column)
+        for own, share in zip(torch.split(slab, [len(block) for block in self.blocks]), self.shares, strict=True):
+            own.mul_(share[:, start:stop])
+        return slab
+
+    @cached_property
+    def _column(self) -> Tensor:
+        """The shares of rows that have one each, (R, 1)."""
+        shares = zip(self.blocks, self.shares or (), strict=True)
+        return torch.cat([share.expand(len(block), 1) for block, share in shares])
 
     def slabs(self) -> Iterator[Tensor]:
         """Yield all columns, some at a time, so that a large side is never held in float64."""
@@ -97,13 +103,6 @@ class Side:
         """Return coefficients side, (k, width), for coefficients (k, R)."""
         return torch.cat([coefficients @ slab for slab in self.slabs()], dim=1)
 
-    def project(self, vectors: Tensor) -> Tensor:
-        """Return vectors sideᵀ, (k, R), for vectors (k, width)."""
-        total = vectors.new_zeros(len(vectors), len(self))
-        for part, slab in zip(torch.split(vectors, self._step, dim=1), self.slabs(), strict=True):
-            total.addmm_(part, slab.T)
-        return total
-
 
 def best(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best approximation of the sum by at most ``rank`` terms, in float64.
@@ -128,13 +127,12 @@ def _factored(left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor]:
     factor = _root(gram)
     gram = left.gram()
     bound = bound * torch.linalg.vector_norm(gram, 1, dim=1).amax()
-    gram = factor.T @ (gram @ factor)  # C; one name for all three, as each is as large as a wide map's adapter
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(factor.T @ (gram @ factor))
     if bound * torch.finfo(torch.float64).eps > _TRUSTED * values[-1]:
         return _orthogonal(left, right, rank)
     mixing = (factor @ vectors[:, _kept(values.clamp(min=0).sqrt(), rank)]).T
     u = left.mix(mixing)  # left vectors times s
-    v = right.mix(left.project(u))  # right vectors times s²
+    v = right.mix(mixing @ gram)  # right vectors times s²
     s = torch.linalg.vector_norm(u, dim=1, keepdim=True)
     return u / s.sqrt(), v / s**1.5
 
