@@ -227,6 +227,15 @@ def test_a_record_goes_on_to_the_bit(play: str, stop: int) -> None:
     assert json.dumps(agent.to_record()) == json.dumps(whole.to_record())
 
 
+def test_a_record_keeps_a_shortfall_that_is_no_alarm_yet() -> None:
+    agent = make_agent()
+    for step in range(12):
+        agent.learn(Arm(0.05, 8), 0.6 if step < 10 else 0.3)
+    assert 0 < agent.shortfall < agent.config.alarm
+    again = Agent.from_record(agent.config, SPACE, json.loads(json.dumps(agent.to_record())))
+    assert again == agent
+
+
 def test_ties_go_to_the_lowest_leaf() -> None:
     agent = make_agent()
     agent.cold = []

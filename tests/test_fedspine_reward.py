@@ -67,6 +67,8 @@ def test_a_round_by_hand() -> None:
 def test_the_weight_of_progress_goes_to_the_others_when_pruning_is_over() -> None:
     found = rewards(RewardConfig(), [1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [False, True])
     np.testing.assert_allclose(found, [1.0, 0.0])
+    product = RewardConfig(form="product")
+    np.testing.assert_allclose(rewards(product, [1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0], False), [1.0, 0.0])
 
 
 def test_one_device_equal_values_and_no_time() -> None:
