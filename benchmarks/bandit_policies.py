@@ -60,28 +60,33 @@ class EUCB:
     def __init__(self, space: Space, seed: int, exploration: float, discount: float = 0.98, side: float = 0.26) -> None:
         self.space, self.exploration, self.discount, self.side = space, exploration, discount, side
         self.leaves: list[Box] = quadrants(space)
-        self.history: list[tuple[Arm, float]] = []
+        self.history: list[Arm] = []
+        self.rewards: list[float] = []
+        self.holders = np.zeros(0, dtype=np.int64)  # the leaf of every arm played
         self.rng = numpy_rng(seed, "bench", "eucb")
 
     def choose(self) -> Arm:
         """Play a random point of the leaf of the highest bound."""
-        count, total = np.zeros(len(self.leaves)), np.zeros(len(self.leaves))
-        for age, (arm, reward) in enumerate(reversed(self.history)):
-            leaf, weight = leaf_of(self.space, self.leaves, arm), self.discount**age
-            count[leaf] += weight
-            total[leaf] += weight * reward
+        weights = self.discount ** np.arange(len(self.history) - 1, -1, -1, dtype=np.float64)
+        count = np.bincount(self.holders, weights, minlength=len(self.leaves))
+        total = np.bincount(self.holders, weights * self.rewards, minlength=len(self.leaves))
         pulled = np.maximum(count, 1e-12)
-        width = self.exploration * np.sqrt(2 * np.log(max(count.sum(), 1.0)) / pulled)
+        width = self.exploration * np.sqrt(2 * np.log(max(float(count.sum()), 1.0)) / pulled)
         box = self.leaves[int(np.argmax(np.where(count > 0, total / pulled + width, np.inf)))]
         rank = self.space.ranks[int(self.rng.integers(box.first, box.last))]
         return Arm(float(self.rng.uniform(box.low, box.high)), rank)
 
     def learn(self, arm: Arm, reward: float) -> None:
         """Remember, and split the leaf that was played."""
-        self.history.append((arm, reward))
         index = leaf_of(self.space, self.leaves, arm)
+        self.history.append(arm)
+        self.rewards.append(reward)
+        self.holders = np.append(self.holders, index)
         if halves := split(self.space, self.leaves[index], self.side):
             self.leaves[index : index + 1] = halves
+            self.holders[self.holders > index] += 1
+            for place in np.flatnonzero(self.holders == index):
+                self.holders[place] = index + leaf_of(self.space, halves, self.history[place])
 
 
 class LatticeUCB:

@@ -12,6 +12,7 @@ reward is the plain mean over the pool, and regret carries no error of estimatio
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,6 +77,13 @@ class Device:
         return bounded, np.exp(0.1 * draws[1] / ITERATIONS**0.5), np.exp(0.15 * draws[2]), np.exp(0.1 * draws[3])
 
     @cached_property
+    def others(self) -> tuple[Floats, Floats]:
+        """Ratios and ranks that the others play, each (POOL, DEVICES)."""
+        rng = numpy_rng(self.seed, "bench", "others")
+        ratio = rng.uniform(0, self.space.largest, (POOL, DEVICES))
+        return ratio, rng.choice(np.array(self.space.ranks, np.float64), (POOL, DEVICES))
+
+    @cached_property
     def speeds(self) -> Floats:
         """Relative speeds, (DEVICES,): everybody's mode drawn once, the device's own as given."""
         config, rng = EdgeConfig(), numpy_rng(self.seed, "bench", "modes")
@@ -92,9 +100,7 @@ class Device:
     def outcomes(self, arm: Arm) -> Floats:
         """Return the rewards of an arm under every noise of the pool, (POOL,)."""
         bandwidth, jitter, loss_noise, update_noise = self.noise
-        rng = numpy_rng(self.seed, "bench", "others")
-        ratio = rng.uniform(0, self.space.largest, (POOL, DEVICES))
-        rank = rng.choice(np.array(self.space.ranks, np.float64), (POOL, DEVICES))
+        ratio, rank = (each.copy() for each in self.others)
         ratio[:, self.index], rank[:, self.index] = arm.ratio, arm.rank
         damage = np.square(ratio / self.space.largest)
         drop = self.gains * (1 - np.exp(-rank / 10)) * (1 - 0.6 * damage) * loss_noise
@@ -151,6 +157,7 @@ class Game:
         return np.asarray(each)[[self.part(step) for step in range(self.horizon)]]
 
 
+@functools.lru_cache(maxsize=12)  # all games of a seed: every policy plays them
 def make_game(kind: str, changes: bool, horizon: int, seed: int) -> Game:
     """Return the game of a seed; with a change, the second half has another optimum or another power mode."""
     rng = numpy_rng(seed, "bench", "game", kind)

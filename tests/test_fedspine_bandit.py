@@ -188,6 +188,13 @@ def test_a_fall_of_the_rewards_empties_the_memory_and_noise_does_not() -> None:
     assert max(pull.reward for pull in fallen.history[-8:]) < 0.3
 
 
+def test_one_outlier_is_no_change() -> None:
+    agent = make_agent()
+    for step in range(30):
+        agent.learn(Arm(0.05, 8), 0.0 if step == 20 else 0.6)
+    assert len(agent.history) == 30
+
+
 def test_after_a_change_it_finds_the_new_optimum() -> None:
     arms = run(make_agent(), 1, 240, lambda arm, step: concave(arm, *((0.02, 8) if step < 120 else (0.09, 32))))
     assert np.mean([0.8 - concave(arm, 0.09, 32) for arm in arms[-40:]]) < 0.04

@@ -18,7 +18,8 @@ keeps only its own evidence, and width^2 becomes noise / (N + noise): E-UCB's 1 
 
 A device whose speed changes makes all that was learned wrong at once, which a discount forgets too slowly or pays for
 in every other round. So rewards are watched by a cumulative sum (Page's test): how far each falls short of what was
-predicted, in standard deviations and less a slack. When it exceeds ``alarm``, all but the latest pulls are forgotten.
+predicted, in standard deviations, less a slack, and bounded so that one outlier raises no alarm. When it exceeds
+``alarm``, all but the latest pulls are forgotten.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ Floats = NDArray[np.float64]
 
 MEMORY = 256  # pulls that an agent remembers
 _SLACK = 0.5  # Page's test: a shortfall up to so many standard deviations is no evidence
+_OUTLIER = 3.0  # and none counts for more than so many: one delayed round is no change
 _RECENT = 5  # pulls that an alarm leaves, and that must be there before one can be raised
 _NOISE, _NOISE_PULLS = 0.07, 2  # standard deviation assumed of a reward, and the number of pulls that this is worth
 
@@ -249,13 +251,14 @@ class Agent:
         )
 
     def _surprise(self, arm: Arm, reward: float) -> float:
-        """Return reward minus prediction in standard deviations of noise and prediction; 0 while little is known."""
+        """Return reward minus prediction in standard deviations, never below -3; 0 while little is known."""
         if len(self.history) <= _RECENT:
             return 0.0
         mean, width = self.predict([arm, *(pull.arm for pull in self.history)])
         errors = np.array([pull.reward for pull in self.history]) - mean[1:]
         variance = (float(errors @ errors) + _NOISE_PULLS * _NOISE**2) / (len(errors) + _NOISE_PULLS)
-        return float((reward - mean[0]) / np.sqrt(variance + np.square(self.config.exploration * width[0])))
+        deviation = np.sqrt(variance + np.square(self.config.exploration * width[0]))
+        return max(float((reward - mean[0]) / deviation), -_OUTLIER)
 
     def _unpulled(self) -> list[Box]:
         every = quadrants(self.space)
