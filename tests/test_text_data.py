@@ -157,6 +157,11 @@ def test_near_duplicates_are_found_as_by_looking_at_every_pair(texts: list[str])
     assert distinct(texts) == kept
 
 
+def test_half_of_the_triples_in_common_is_not_yet_a_duplicate() -> None:
+    assert distinct(["a b c d e f g h", "a b c d e f x y"]) == [0, 1]  # 4 of 8
+    assert distinct(["a b c d e f g h i", "a b c d e f g x y"]) == [0]  # 5 of 9
+
+
 def test_docstrings_are_distinct_masked_and_collected_once(libraries: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = docstring_texts(NAMES, 20)
     assert {name: len(found) for name, found in texts.items()} == dict.fromkeys(NAMES, 20)

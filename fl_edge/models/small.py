@@ -80,7 +80,7 @@ class Recipe:
 _PUBLIC = (STANDARD_LIBRARY, "sympy", "networkx", "matplotlib", "ray", "flwr", "datasets", "PIL")
 SMALL_MODELS = {
     "small-bert": Recipe("encoder", _PUBLIC, 4096, 4, 128, 4, 4, 512, 128, 300, 32, 1e-3, 40),
-    "small-llama": Recipe("decoder", (STANDARD_LIBRARY,), 2048, 4, 128, 4, 2, 384, 512, 500, 16, 3e-3, 4000),
+    "small-llama": Recipe("decoder", (STANDARD_LIBRARY,), 2048, 4, 128, 4, 2, 384, 512, 400, 16, 3e-3, 4000),
 }
 
 
