@@ -2,9 +2,9 @@
 
 The first job is a round of 9 devices with ranks 4, 8 and 16, four maps of 768 x 768, to rank 16. Devices start from
 one global adapter and move away from it. Errors are relative Frobenius norms of a product, against float64 algebra on
-the dense mean: for rules that truncate, its best approximation; for stacking the mean itself. All runners get tensors
-that are in memory; peft's time is that of one ``add_weighted_adapter``. Pruned means that two thirds of the devices
-keep 30 % to 90 % of the rows, which peft cannot do.
+the dense mean: for rules that truncate, its best approximation; for stacking the mean itself; masked_mean's is its
+bias. All runners get tensors that are in memory; peft's time is that of one ``add_weighted_adapter``. Pruned means that
+two thirds of the devices keep 30 % to 90 % of the rows, which peft cannot do.
 
 The second job streams files (:mod:`benchmarks.aggregation_stream`), whose pages are in the cache. ``--quick`` streams
 8 of the 64 maps and multiplies its seconds by 8. All run on one torch thread: waiting for a second one disturbs times.

@@ -277,6 +277,19 @@ def test_slabs_do_not_change_the_result(rule: Rule, monkeypatch: pytest.MonkeyPa
     assert_same(product(slabs), product(whole))
 
 
+@pytest.mark.parametrize("cut", ["", "rows"])
+def test_many_devices_on_a_wide_map(cut: str) -> None:
+    rng = np.random.default_rng(13)
+    shape = (260, 240)
+    parts = [Part(draw_factors(rng, 4, *shape), float(weight)) for weight in range(1, 41)]
+    if cut:
+        kept = draw_indices(rng, 260)
+        parts[0] = Part(gather(parts[0].factors, 4, kept), 1.0, kept)
+    assert 128 < 40 * 4 < 240  # a Gram matrix of more than one tile, and still smaller than the map
+    found = aggregate("flexlora", parts, parts[-1].factors, 8, generator())
+    assert_same(product(found), best_dense(dense_mean(parts, parts[-1].factors), 8))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_half_precision_parts_are_summed_in_double(rule: Rule) -> None:
     rng = np.random.default_rng(9)
@@ -312,7 +325,10 @@ def test_a_stack_wider_than_its_map_is_compressed_without_loss() -> None:
     found = aggregate("stacking", parts, previous, RANK, generator())
     assert found.rank == IN
     assert_same(product(found), dense_mean(parts, previous))
-    assert aggregate("stacking", parts[:2], previous, 1, generator()).rank == sum(p.factors.rank for p in parts[:2])
+    stack = aggregate("stacking", parts[:2], previous, 1, generator())
+    assert stack.rank == sum(part.factors.rank for part in parts[:2])
+    assert stack.a.is_contiguous()
+    assert stack.b.is_contiguous()
     received = truncate(found, 4, generator())
     assert received.rank == 4
     assert_same(product(received), best_dense(dense_mean(parts, previous), 4))
