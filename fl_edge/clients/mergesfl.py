@@ -31,9 +31,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from fl_edge.clients.answering import answering
 from fl_edge.clients.cache import WeightCache
-from fl_edge.errors import FlEdgeError, ReplyError
-from fl_edge.link.content import CONFIG, config_of, make_content, tensors_of
+from fl_edge.errors import ReplyError
+from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.resident.staying import stays
 from fl_edge.mergesfl.bottoms import Turn, batch_indices, bottom_step, forward, repeat_forward
 
@@ -109,26 +110,10 @@ class MergeSFLClient:
 
     def register(self, app: ClientApp) -> None:
         """Add the four handlers to a ClientApp, beside whatever else it does."""
-        app.query("mergesfl_describe")(self._answering(self._describe))
-        app.train("mergesfl_begin")(self._answering(self._begin))
-        app.train("mergesfl_step")(self._answering(self._step))
-        app.train("mergesfl_end")(self._answering(self._end))
-
-    def _answering(self, handler: Callable[[Message, Context, Workload], RecordDict]) -> Callable[..., Message]:
-        """Turn what fl_edge raises on purpose into an answer of one line, which the server can print."""
-
-        def answer(message: Message, context: Context) -> Message:
-            started = time.perf_counter()
-            try:
-                work = self._load(context)
-                torch.set_num_threads(work.threads)
-                content = handler(message, context, work)
-            except FlEdgeError as error:
-                content = make_content({"refused": str(error)})
-            content.config_records[CONFIG]["handled_s"] = time.perf_counter() - started
-            return Message(content, reply_to=message)
-
-        return answer
+        app.query("mergesfl_describe")(answering(self._load, self._describe))
+        app.train("mergesfl_begin")(answering(self._load, self._begin))
+        app.train("mergesfl_step")(answering(self._load, self._step))
+        app.train("mergesfl_end")(answering(self._load, self._end))
 
     def _describe(self, message: Message, _: Context, work: Workload) -> RecordDict:
         server_round = int(config_of(message)["round"])

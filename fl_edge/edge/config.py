@@ -43,6 +43,9 @@ class EdgeConfig:
     top_s_per_sample: float = setting(
         1e-5, "seconds for forward and backward of the top on one sample, on the server (ours)", low=0.0
     )
+    reference_gmacs: float = setting(
+        200.0, "billions of multiply-adds a second at speed 1, for work that is counted in them (ours)", low=1e-6
+    )
     count_bottom_transfer: bool = setting(True, "the clock counts the bottoms' way down and up, once a round (ours)")
 
     def contradictions(self) -> str | None:

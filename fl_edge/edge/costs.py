@@ -18,6 +18,11 @@ def compute_seconds_per_sample(profile: DeviceProfile, config: EdgeConfig) -> fl
     return config.reference_s_per_sample / profile.speed
 
 
+def macs_per_second(profile: DeviceProfile, config: EdgeConfig) -> float:
+    """Return how many multiply-adds a device does in a second: those of speed 1 times its speed (ours)."""
+    return 1e9 * config.reference_gmacs * profile.speed
+
+
 def transfer_seconds_per_sample(profile: DeviceProfile, feature_bytes: int) -> float:
     """Return beta_i = 2 * 8 c / bandwidth: c bytes of feature up and as many of gradient down, in seconds a sample."""
     return 2 * 8 * feature_bytes / profile.bandwidth_bps

@@ -45,7 +45,7 @@ class FedSpineConfig:
 
     # pruning
     importance: str = setting(
-        "consensus", "units go by their mean importance over all devices, which nests the masks, or by each device's own",
+        "consensus", "units go by their mean importance over devices, which nests the masks, or by each device's own",
         choices=("consensus", "own"),
     )  # fmt: skip
     smoothing: float = setting(0.9, "lambda: share of the past in a unit's importance (LoRAPrune)", low=0.0, high=1.0)

@@ -51,6 +51,12 @@ class AdaptedMap:
         return float(self.layer.scaling[ADAPTER])
 
 
+def map_shapes(model: nn.Module, members: Sequence[Member]) -> dict[str, tuple[int, int]]:
+    """Return (d_out, d_in) of each linear map as it is in a model without LoRA, by path."""
+    weights = {member.path: model.get_parameter(f"{member.path}.weight") for member in members}
+    return {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
+
+
 def attach(
     model: nn.Module, members: Sequence[Member], adapter: Mapping[str, Factors], *, scale: float, dropout: float
 ) -> list[AdaptedMap]:
@@ -68,7 +74,14 @@ def attach(
     """
     from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - takes seconds to import
 
-    rank = len(next(iter(adapter.values())).a)
+    rank = next(iter(adapter.values())).rank
+    for path, (d_out, d_in) in map_shapes(model, members).items():
+        given = adapter[path]
+        if given.a.shape != (rank, d_in) or given.b.shape != (d_out, rank):
+            raise ReplyError(
+                f"the factors of {path} are {tuple(given.b.shape)} x {tuple(given.a.shape)}; the model takes "
+                f"({d_out}, {rank}) x ({rank}, {d_in})"
+            )
     config = LoraConfig(
         r=rank, lora_alpha=scale * rank, lora_dropout=dropout,  # type: ignore[arg-type] # any number does
         target_modules=[member.path for member in members], init_lora_weights=False,
@@ -77,14 +90,8 @@ def attach(
     maps = [AdaptedMap(member, model.get_submodule(member.path)) for member in members]
     with torch.no_grad():
         for each in maps:
-            given = adapter[each.member.path]
-            if each.a.shape != given.a.shape or each.b.shape != given.b.shape:
-                raise ReplyError(
-                    f"the factors of {each.member.path} are {tuple(given.b.shape)} x {tuple(given.a.shape)}; the model "
-                    f"takes {tuple(each.b.shape)} x {tuple(each.a.shape)}"
-                )
-            each.a.copy_(given.a)
-            each.b.copy_(given.b)
+            each.a.copy_(adapter[each.member.path].a)
+            each.b.copy_(adapter[each.member.path].b)
     return maps
 
 
@@ -93,6 +100,7 @@ def detach(model: nn.Module, members: Sequence[Member]) -> None:
     for member in members:
         layer: Any = model.get_submodule(member.path)
         model.set_submodule(member.path, layer.base_layer)
+    del model.peft_config  # or peft would take the next adapter for a second one
 
 
 def factors_of(maps: Sequence[AdaptedMap]) -> dict[str, Factors]:

@@ -28,12 +28,12 @@ from fl_edge.link.packing import pack, tensor_bytes
 from fl_edge.mergesfl.batching import average_waiting, bottom_learning_rates
 from fl_edge.mergesfl.bottoms import aggregate
 from fl_edge.mergesfl.config import MergeSFLConfig
-from fl_edge.observers import Lines
 from fl_edge.mergesfl.planning import Plan, make_plan
 from fl_edge.mergesfl.replies import checked_weights
 from fl_edge.mergesfl.report import RoundReport
 from fl_edge.mergesfl.state import ControlState
 from fl_edge.models.split import SplitModel
+from fl_edge.observers import Lines
 from fl_edge.seeding import numpy_rng
 from fl_edge.strategies.exchange import wait_for_nodes
 from fl_edge.strategies.roster import Roster
