@@ -20,7 +20,7 @@ from benchmarks.bandit_surfaces import Game, make_game
 from benchmarks.harness import Benchmark, Case, Column, Results, Target
 from fl_edge.fedspine.bandit import Arm
 
-KINDS, HORIZONS, POINTS = ("device", "2-D", "1-D"), (100, 300), 50
+KINDS, HORIZONS, POINTS = ("device", "2-D", "1-D"), (100, 300), 25
 FIXED_ARM, FIXED_RANK, RANDOM = "best fixed arm", "best fixed rank", "random"
 GAMES = [(kind, changes, horizon) for horizon in HORIZONS for kind in KINDS for changes in (False, True)]
 
@@ -62,7 +62,7 @@ def make_policy(case: str, game: Game) -> Policy:
 def measure(case: str, seed: int, quick: bool) -> Mapping[str, Any]:
     """Play all games of a seed with one policy."""
     values: dict[str, Any] = {}
-    curves: dict[str, list[float]] = {}
+    curves: dict[str, str] = {}  # numbers as text: one line of the record, not one each
     spent, steps = 0.0, 0
     for kind, changes, horizon in GAMES:
         if quick and horizon > HORIZONS[0]:
@@ -74,9 +74,11 @@ def measure(case: str, seed: int, quick: bool) -> Mapping[str, Any]:
         arms, regrets, seconds = timed_play(game, policy)
         spent, steps = spent + seconds, steps + horizon
         values[name] = float(np.mean(regrets))
-        curves[name] = np.cumsum(regrets)[horizon // POINTS - 1 :: horizon // POINTS].round(4).tolist()
+        curves[name] = " ".join(
+            f"{each:.4f}" for each in np.cumsum(regrets)[horizon // POINTS - 1 :: horizon // POINTS]
+        )
         if case == OURS and kind == "device":
-            values[f"plays {name}"] = [[round(arm.ratio, 5), arm.rank] for arm in arms]
+            values[f"plays {name}"] = " ".join(f"{arm.ratio:.5f}:{arm.rank}" for arm in arms)
     return {**values, "curves": curves, "decision_ms": 1000 * spent / steps}
 
 
@@ -132,7 +134,7 @@ def figure(results: Results, path: Path) -> None:
         for row, changes in enumerate((False, True)):
             axes, name = panels[row][column], game_name(kind, changes, horizon)
             for case, color in colors.items():
-                curves = [values[name] for values in results.values(case, "curves")]
+                curves = [np.array(values[name].split(), float) for values in results.values(case, "curves")]
                 if curves:
                     _band(axes, np.array(curves), horizon, case, color)
             axes.set_title(name, fontsize=10)
@@ -156,11 +158,12 @@ def _band(axes: Any, curves: Any, horizon: int, case: str, color: str) -> None:
 
 def _draw_plays(axes: Any, results: Results, name: str, index: int) -> None:
     """Draw what ours played with one seed: ratio over rounds, rank as colour."""
-    plays = np.array(results.values(OURS, f"plays {name}")[index])
+    every = results.values(OURS, f"plays {name}")
+    plays = np.array([arm.split(":") for arm in every[min(index, len(every) - 1)].split()], dtype=float)
     points = axes.scatter(np.arange(1, len(plays) + 1), plays[:, 0], c=plays[:, 1], s=8, cmap="viridis")
     axes.figure.colorbar(points, ax=axes, label="rank")
     axes.set_ylabel("ratio")
-    axes.set_title(f"plays of ours, {name}, seed {results.raw[0]['seed'] + index}", fontsize=10)
+    axes.set_title(f"plays of ours, {name}, {('first', 'second')[index]} seed", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -208,12 +208,18 @@ def test_it_learns_from_what_was_really_played() -> None:
     assert leaf_of(SPACE, agent.leaves, Arm(0.031, 24)) != leaf_of(SPACE, agent.leaves, Arm(0.01, 24))
 
 
-def test_memory_is_bounded() -> None:
-    agent = make_agent(resolution=1.0)
-    agent.history = [Pull(Arm(0.01 + 0.0001 * step, 8), 0.5) for step in range(MEMORY)]
-    agent.learn(Arm(0.05, 8), 0.7)
+def test_memory_is_bounded_and_keeps_what_was_tried_once() -> None:
+    agent, rare, common = make_agent(resolution=1.0), Arm(0.09, 32), Arm(0.05, 8)
+    agent.learn(rare, 0.1)
+    for step in range(MEMORY + 20):
+        agent.learn(common, 0.5 + 1e-4 * step)
     assert len(agent.history) == MEMORY
-    assert agent.history[-1].reward == 0.7
+    assert agent.history[0] == Pull(rare, 0.1)
+    assert agent.history[1].reward == pytest.approx(0.5 + 1e-4 * 21)
+    for step in range(2 * MEMORY):  # nothing is pulled twice: the oldest goes
+        agent.learn(Arm(0.1 * step / (2 * MEMORY), 8), 0.5)
+    assert len(agent.history) == MEMORY
+    assert agent.history[-1].arm.ratio > 0.099
 
 
 @pytest.mark.parametrize("play", ["centre", "uniform"])

@@ -25,6 +25,7 @@ predicted, in standard deviations, less a slack, and bounded so that one outlier
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,6 +141,12 @@ def split(space: Space, box: Box, resolution: float) -> tuple[Box, Box] | None:
     return Box(box.low, box.high, box.first, place), Box(box.low, box.high, place, box.last)
 
 
+def _spare(history: Sequence[Pull]) -> int:
+    """Return the oldest pull of the arm pulled most often: an arm tried once is not forgotten for it."""
+    often = Counter(pull.arm for pull in history).most_common(1)[0][0]
+    return next(index for index, pull in enumerate(history) if pull.arm == often)
+
+
 @dataclass
 class Agent:
     """The bandit of one device. Everything it knows is in its record.
@@ -151,7 +158,8 @@ class Agent:
     cold
         Quadrants that are still to be pulled once.
     history
-        The latest pulls since the last alarm, at most :data:`MEMORY`, in the order they were learned.
+        The pulls since the last alarm, in the order they were learned; beyond :data:`MEMORY` the oldest of the arm
+        pulled most often goes.
     shortfall
         Page's sum: by how many standard deviations the latest rewards fell short of their prediction.
     """
@@ -197,7 +205,9 @@ class Agent:
         """Take in what was really played, which may differ from what was chosen, and what it gave, in [0, 1]."""
         if self.config.alarm > 0:
             self.shortfall = max(0.0, self.shortfall - self._surprise(arm, reward) - _SLACK)
-        self.history = [*self.history[-(MEMORY - 1) :], Pull(arm, reward)]
+        self.history = [*self.history, Pull(arm, reward)]
+        if len(self.history) > MEMORY:
+            self.history.pop(_spare(self.history))
         if self.shortfall > self.config.alarm > 0:
             self.history, self.shortfall = self.history[-_RECENT:], 0.0
         self.cold = [index for index in self.cold if index != leaf_of(self.space, quadrants(self.space), arm)]
