@@ -5,7 +5,9 @@ Both are caches of something that can be made again from the unpruned base and t
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from flwr.app import ConfigRecord, Context
 from torch import nn
 
 from fl_edge.data.once import content_key, made_once
-from fl_edge.errors import DataError
+from fl_edge.errors import DataError, RunFolderError
 from fl_edge.files import default_folder
 from fl_edge.link.resident.staying import stays
 from fl_edge.pruning import PruningPlan, full_plan, load_pruned, prune, read_plan, save_pruned
@@ -81,7 +83,7 @@ class PrunedBases:
         key = content_key(digest, plan.digest())
         try:
             folder = made_once(_KIND, key, lambda folder: save_pruned(model, plan, folder), "a pruned base")
-        except DataError as error:
+        except (DataError, RunFolderError) as error:
             log.warning("the pruned base is not kept on disk: %s", error)
             return
         context.state[STATE] = ConfigRecord({"key": key})
@@ -105,11 +107,16 @@ def _from_disk(context: Context, plan: PruningPlan) -> Held | None:
         return None
     try:
         present = read_plan(folder)
-        return (present, load_pruned(folder)) if present.covers(plan) else None
+        if not present.covers(plan):
+            return None
+        model = load_pruned(folder)
     except DataError as error:
         log.warning("a pruned base on disk is made anew: %s", error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+    with contextlib.suppress(OSError):  # read-only, or another process removed it
+        os.utime(folder)
+    return present, model
 
 
 def _last_used(folder: Path) -> float:

@@ -93,6 +93,8 @@ def _choose(
     if config.choice == "fixed":
         left = max(deadline_round(config.schedule, rounds) - server_round + 1, 1)
         step = (config.schedule.target - before) / left
+        if config.schedule.reading == "fraction":
+            step /= 1 - before
         return Arm(min(max(step, least), largest), config.fixed_rank), "even steps, one rank"
     arm = agent.choose(rng, least, largest)
     if leaf_of(agent.space, quadrants(agent.space), arm) in agent.cold:
@@ -118,12 +120,14 @@ def removal_scores(config: FedSpineConfig, devices: Mapping[str, DeviceState], d
 
     "own": the device's own importance. "consensus": what others have removed goes first, the more of them the sooner;
     then by the mean importance over the devices that still have the unit, weighted by samples. All devices then cut
-    along one order, so that the larger model always contains the smaller one. Both are ours.
+    along one order: of each layer, the heads of one device and those of another are the same or one contains the other,
+    and so are the channels. Both are ours.
     """
     own = devices[device]
     if config.importance == "own":
         return [{unit: scores[unit].double().numpy() for unit in UNITS} for scores in own.importance] or _flat(own.plan)
-    known = [each for each in devices.values() if each.importance] or [own]
+    everyone = [devices[name] for name in sorted(devices)]  # sums in an order that does not depend on who came first
+    known = [each for each in everyone if each.importance] or [own]
     weights = np.array([each.samples for each in known], dtype=np.float64)
     found: Scores = []
     for layer in range(len(own.plan.layers)):
@@ -132,7 +136,7 @@ def removal_scores(config: FedSpineConfig, devices: Mapping[str, DeviceState], d
             kept = np.stack([_mask(each.plan, layer, unit) for each in known])
             scores = np.stack([_scores(each, layer, unit) for each in known])
             mean = (weights[:, None] * kept * scores).sum(0) / np.maximum((weights[:, None] * kept).sum(0), 1e-300)
-            gone = (~kept).sum(0)
+            gone = np.sum([~_mask(each.plan, layer, unit) for each in everyone], axis=0)
             row[unit] = np.where(gone > 0, -gone.astype(np.float64), mean)
         found.append(row)
     return found

@@ -50,14 +50,15 @@ def map_saliency(
     -----
     Computed in float32, block by block of rows: neither G nor W + s B A is ever there for a whole map.
     """
-    left = torch.cat([grad_b, b], 1).float()  # (d_out, 2r)
-    right = torch.cat([a - grad_a, grad_a]).float()  # (2r, d_in)
-    a32, b32 = a.float() * scale, b.float()
+    a, b, grad_a, grad_b = a.float(), b.float(), grad_a.float(), grad_b.float()
+    left = torch.cat([grad_b, b], 1)  # (d_out, 2r)
+    right = torch.cat([a - grad_a, grad_a])  # (2r, d_in)
+    scaled = a * scale
     rows = max(1, _ROW_ELEMENTS // weight.shape[1])
     sums = []
     for start in range(0, len(weight), rows):
         block = slice(start, start + rows)
-        merged = torch.addmm(weight[block].float(), b32[block], a32)
+        merged = torch.addmm(weight[block].float(), b[block], scaled)
         merged.mul_(left[block] @ right)
         sums.append(torch.linalg.vector_norm(merged, 1, dim=1 - axis))
     return torch.cat(sums) if axis == 0 else torch.stack(sums).sum(0)

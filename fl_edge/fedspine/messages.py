@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from fl_edge.fedspine.importance import UnitScores
 from fl_edge.fedspine.replies import checked_adapter, checked_samples, named
 from fl_edge.fedspine.training import LocalRound, TrainingSettings
 from fl_edge.pruning import Member, PruningPlan, kept_indices
-from fl_edge.pruning.plan import UNITS
+from fl_edge.pruning.plan import UNITS, Unit
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ def make_order(config: FedSpineConfig, seed: int, server_round: int, plan: Pruni
     return Order(server_round, seed, plan, rank, config.tau, config.batch_size, config.probe_batches, settings)
 
 
-@lru_cache(maxsize=4096)
 def kept(member: Member, plan: PruningPlan) -> tuple[Tensor | None, Tensor | None]:
     """Return (rows, columns) of a linear map that a plan keeps; None for all."""
     if len(plan.kept(member.layer, member.unit)) == plan.total(member.layer, member.unit):
@@ -138,7 +136,7 @@ def reply_config(
 def reply_tensors(done: LocalRound) -> dict[str, Tensor]:
     """Name the tensors of a reply."""
     scores = {
-        f"importance.{layer}.{unit}": score.float()
+        _score_name(layer, unit): score.float()
         for layer, units in enumerate(done.importance.mean or [])
         for unit, score in units.items()
     }
@@ -179,34 +177,61 @@ def checked_reply(
     if config.get("rank") != order.rank:
         raise ReplyError(f"it has trained rank {config.get('rank')}; {order.rank} was given")
     numbers = {
-        name: float(config[name])
+        name: checked_number(config, name)
         for name in ("loss_before", "loss_after", "update_importance", "compute_s", "bandwidth_bps")
     }
-    for name, value in numbers.items():
-        if not 0 <= value < math.inf:
-            raise ReplyError(f"{name} is {value}; a finite number of at least 0 is due")
+    steps = int(checked_number(config, "steps"))
+    if steps > order.tau:
+        raise ReplyError(f"its importance is of {steps} iterations; {order.tau} were asked for")
     due = {}
     for member in members:
         rows, columns = kept(member, order.plan)
         d_out, d_in = shapes[member.path]
         due[member.path] = (d_out if rows is None else len(rows), d_in if columns is None else len(columns))
-    factors = {n: t for n, t in tensors.items() if not n.startswith(("head.", "importance."))}
-    steps = int(config["steps"])
+    heads = {f"head.{name}": _like(tensors, f"head.{name}", tensor.shape) for name, tensor in head.items()}
+    scores = _scores(tensors, order.plan) if steps else {}
+    factors = {name: tensor for name, tensor in tensors.items() if name not in heads and name not in scores}
     return Reply(
         adapter=checked_adapter(factors, due, order.rank),
-        head={name: _like(tensors, f"head.{name}", tensor.shape) for name, tensor in head.items()},
-        importance=_scores(tensors, order.plan) if steps > 0 else [],
+        head={name: heads[f"head.{name}"] for name in head},
+        importance=[
+            {unit: scores[_score_name(layer, unit)] for unit in UNITS}
+            for layer in range(len(order.plan.layers) if steps else 0)
+        ],
         steps=steps,
-        samples=checked_samples(int(config["samples"])),
+        samples=checked_samples(int(checked_number(config, "samples"))),
         **numbers,
     )
 
 
-def _scores(tensors: Mapping[str, Tensor], plan: PruningPlan) -> UnitScores:
-    return [
-        {unit: _like(tensors, f"importance.{layer}.{unit}", (len(plan.kept(layer, unit)),)) for unit in UNITS}
+def checked_number(config: Mapping[str, Any], name: str) -> float:
+    """Return a number of a reply.
+
+    Raises
+    ------
+    ReplyError
+        There is none, or it is below 0 or not finite.
+    """
+    value = config.get(name)
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ReplyError(f"{name} is {value}; a finite number of at least 0 is due")
+    return float(value)
+
+
+def _score_name(layer: int, unit: Unit) -> str:
+    return f"importance.{layer}.{unit}"
+
+
+def _scores(tensors: Mapping[str, Tensor], plan: PruningPlan) -> dict[str, Tensor]:
+    scores = {
+        (name := _score_name(layer, unit)): _like(tensors, name, (len(plan.kept(layer, unit)),))
         for layer in range(len(plan.layers))
-    ]
+        for unit in UNITS
+    }
+    for name, score in scores.items():
+        if (score < 0).any():
+            raise ReplyError(f"{name}: numbers below 0")
+    return scores
 
 
 def _like(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Tensor:

@@ -24,7 +24,7 @@ from fl_edge.fedspine.costs import round_seconds
 from fl_edge.fedspine.deciding import decide, removal_scores
 from fl_edge.fedspine.factors import Factors, fresh_rows
 from fl_edge.fedspine.lora import head_of, map_shapes
-from fl_edge.fedspine.messages import checked_reply, device_adapter, make_order, order_tensors
+from fl_edge.fedspine.messages import checked_number, checked_reply, device_adapter, make_order, order_tensors
 from fl_edge.fedspine.report import Absent, DeviceRound, RoundReport
 from fl_edge.fedspine.reward import waiting_time
 from fl_edge.fedspine.rounds import Done, Sent, aggregate_round, factors_to_send, learn
@@ -138,6 +138,10 @@ class FedSpine(Strategy):
         """Go back to a snapshot; `start` then takes up with the round after it."""
         self.state = FedSpineState.from_record(weights, record, self.config)
 
+    def factors_to_send(self) -> dict[str, Factors]:
+        """Return the global factors, of rank r_max; their first r directions are what a device of rank r receives."""
+        return factors_to_send(self.state, self.config, self.seed)
+
     def arrays(self) -> ArrayRecord:
         """Return global factors and head as one packed array; `fl_edge.link.packing.unpack` gives them by name."""
         return ArrayRecord({PACKED: pack(order_tensors(self.state.adapter, self.state.head))})
@@ -225,7 +229,7 @@ class FedSpine(Strategy):
         self._turnaround_s = getattr(grid, "turnaround_s", None)
         self._roster.meet(grid, server_round, self._accept, self._timeout)
         self._sent, self._absent, messages = {}, [], []
-        to_send = factors_to_send(self.state, self.config, self.seed, server_round)
+        to_send = self.factors_to_send()
         head = self.state.head
         for device in self._roster.names:
             known = self.state.devices[device]
@@ -288,9 +292,9 @@ class FedSpine(Strategy):
             tensor.copy_(tensors[name])
 
     def _accept(self, device: str, config: Mapping[str, Any]) -> None:
-        if self.base_digest and config["base"] != self.base_digest:
+        if self.base_digest and config.get("base") != self.base_digest:
             raise ReplyError("its base model has other weights than the server's")
-        self.state.meet(device, int(config["samples"]), self.plan, self.config)
+        self.state.meet(device, int(checked_number(config, "samples")), self.plan, self.config)
 
     def _note_refusals(self, refusals: Mapping[int, str]) -> None:
         for node, why in refusals.items():
@@ -325,7 +329,7 @@ class FedSpine(Strategy):
         checked = checked_reply(config, tensors, sent.order, self.members, self.state.head, self.shapes)
         up_bytes = tensor_bytes(tensors)
         if self._turnaround_s is not None and not self.virtual:
-            transfer_s = max(0.0, self._turnaround_s(reply) - float(config["handled_s"]))
+            transfer_s = max(0.0, self._turnaround_s(reply) - checked_number(config, "handled_s"))
         else:
             transfer_s = round_seconds(0.0, sent.down_bytes, up_bytes, checked.bandwidth_bps)
         return Done(sent, checked, up_bytes, transfer_s)
