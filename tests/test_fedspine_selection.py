@@ -17,6 +17,7 @@ from fl_edge.fedspine.schedule import ScheduleConfig, next_sparsity, ratio_bound
 from fl_edge.fedspine.selection import Guards, select
 from fl_edge.pruning import LayerPlan, PruningPlan, sparsity
 from fl_edge.pruning.plan import UNITS
+from tests.tiny_fedspine import draw_scores, make_plan
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,6 @@ class Case:
     def removed(self, plan: PruningPlan) -> int:
         kept = zip(plan.layers, self.sizes, strict=True)
         return self.total - sum(len(layer.heads) * a + len(layer.channels) * b for layer, (a, b) in kept)
-
-
-def make_plan(heads: tuple[int, ...], channels: tuple[int, ...]) -> PruningPlan:
-    layers = [LayerPlan(tuple(range(h)), tuple(range(c))) for h, c in zip(heads, channels, strict=True)]
-    return PruningPlan("bert", heads, channels, tuple(layers))
-
-
-def draw_scores(plan: PruningPlan, rng: np.random.Generator, ties: bool = False) -> Any:
-    def some(count: int) -> Any:
-        return rng.integers(0, 3, count).astype(float) if ties else rng.random(count)
-
-    return [{unit: some(plan.total(layer, unit)) for unit in UNITS} for layer in range(len(plan.layers))]
 
 
 @st.composite

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -22,7 +23,8 @@ from fl_edge.fedspine.schedule import ScheduleConfig
 from fl_edge.fedspine.training import TrainingSettings
 from fl_edge.link import LocalGrid
 from fl_edge.link.content import config_of, make_content, tensors_of
-from fl_edge.pruning import Member, PruningPlan
+from fl_edge.pruning import LayerPlan, Member, PruningPlan
+from fl_edge.pruning.plan import UNITS
 from fl_edge.seeding import torch_rng
 from fl_edge.strategies.fedspine import FedSpine
 from tests.tiny_transformers import PAD, VOCABULARY, make_config
@@ -33,6 +35,21 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 SETTINGS = TrainingSettings(
     learning_rate=1e-2, scale=2.0, dropout=0.0, weight_decay=0.01, clip_norm=1.0, smoothing=0.9, normalise=True
 )
+
+
+def make_plan(heads: tuple[int, ...], channels: tuple[int, ...]) -> PruningPlan:
+    """A plan that keeps everything, of any sizes."""
+    layers = [LayerPlan(tuple(range(h)), tuple(range(c))) for h, c in zip(heads, channels, strict=True)]
+    return PruningPlan("bert", heads, channels, tuple(layers))
+
+
+def draw_scores(plan: PruningPlan, rng: np.random.Generator, ties: bool = False) -> Any:
+    """One score for each unit of the unpruned model."""
+
+    def some(count: int) -> Any:
+        return rng.integers(0, 3, count).astype(float) if ties else rng.random(count)
+
+    return [{unit: some(plan.total(layer, unit)) for unit in UNITS} for layer in range(len(plan.layers))]
 
 
 def draw_factors(members: list[Member], model: nn.Module, rank: int, seed: int = 0) -> dict[str, Factors]:

@@ -68,8 +68,8 @@ def decide(
         Of (seed, round, device).
     """
     before = sparsity(device.plan, sizes)
-    # a cut ends up to one unit below what was asked for: what is that close to the target is done
-    reached = before >= config.schedule.target - _smallest_step(device.plan, sizes)
+    # a cut ends less than one unit below what was asked for: what is that close to the target is done
+    reached = before > config.schedule.target - _smallest_step(device.plan, sizes)
     least, largest = (0.0, 0.0) if reached else ratio_bounds(config.schedule, before, server_round, rounds)
     arm, why = _choose(config, device.agent, least, largest, server_round, rounds, before, rng)
     if largest == 0:
