@@ -45,12 +45,12 @@ class Done:
         return self.reply.compute_s + self.transfer_s
 
 
-def factors_to_send(state: FedSpineState, config: FedSpineConfig, seed: int, server_round: int) -> dict[str, Factors]:
+def factors_to_send(state: FedSpineState, config: FedSpineConfig, seed: int) -> dict[str, Factors]:
     """Return the global factors, in an order in which their first r directions are what rank r receives."""
-    generator = torch_rng(seed, "truncate", server_round)
+    generator = torch_rng(seed, "truncate", state.server_round)
     return {
         path: truncate(factors, config.max_rank, generator) if factors.rank > config.max_rank else factors
-        for path, factors in state.adapter.items()
+        for path, factors in sorted(state.adapter.items())  # the generator's order, also after a resume
     }
 
 
