@@ -16,7 +16,8 @@ import transformers
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
-from fl_edge.errors import ReplyError, RunFolderError
+from fl_edge.errors import ConfigError, ReplyError, RunFolderError
+from fl_edge.fedspine import export as module
 from fl_edge.fedspine.bandit import Agent, Arm
 from fl_edge.fedspine.config import FedSpineConfig
 from fl_edge.fedspine.export import assemble, export, size_classes
@@ -276,13 +277,15 @@ def test_no_path_of_this_machine_goes_along(exported: Exported) -> None:
 def test_a_bare_card_says_only_what_is_known(tmp_path: Path) -> None:
     made = Exported("classification", tmp_path / "first")
     made.folder = tmp_path / "second"
-    about = {"base": "/some/where", "data": "x|y", "example": 'say "no"\\'}
+    about = {"base": "/some/where/tiny", "data": "x|y", "example": 'say "no"\\\n'}
     (row, _) = made.write(evaluate=lambda _: {}, about=about, tokenizer=None)
     card = ModelCard.load(made.folder / row["folder"] / "README.md")
     assert card.data.base_model is None
     assert card.data.eval_results is None
     assert r"| data | x\|y |" in card.text
-    assert r'["say \"no\"\\"]' in card.text
+    assert r'["say \"no\"\\\n"]' in card.text
+    assert "# tiny, 20% pruned\n" in card.text
+    assert "/some/where" not in card.text
     assert "accuracy" not in row
 
 
@@ -307,12 +310,28 @@ def full_disk(left: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("left", [0, 4000, 20_000])  # too little for the model, the tokenizer, the adapter
-def test_a_full_disk_is_one_line(left: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["save_pruned", "tokenizer", "write_whole"])
+def test_a_full_disk_is_one_line(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Exported("classification", tmp_path / "first")
     made.folder = tmp_path / "second"
-    with full_disk(left), pytest.raises(RunFolderError, match=r"^cannot write [^\n]*second/sparsity-[^\n]*$"):
+    owner, name = (made.tokenizer, "save_pretrained") if step == "tokenizer" else (module, step)
+    write = getattr(owner, name)
+
+    def on_a_full_disk(*given: Any) -> Any:
+        with full_disk(1000):
+            return write(*given)
+
+    monkeypatch.setattr(owner, name, on_a_full_disk)
+    with pytest.raises(RunFolderError, match=r"^cannot write [^\n]*second/sparsity-[^\n]*File too large[^\n]*$"):
         made.write()
+
+
+def test_what_is_wrong_with_the_model_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    made = Exported("classification", tmp_path / "first")
+    with pytest.raises(ConfigError, match="merged into the weights"):
+        made.write(evaluate=lambda model: model.merge_adapter() or {})
+    with pytest.raises(AttributeError):
+        made.write(tokenizer=object())
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -216,7 +216,12 @@ def export(
             "macs_before": before.block_macs,
             **evaluate(model),
         }
-        facts = {**about, "rounds": state.server_round, "devices": len(state.devices), "rule": config.aggregation}
+        facts = {
+            **about,
+            "rounds": state.server_round,
+            "devices": len(state.devices),
+            "aggregation": config.aggregation,
+        }
         task = "text-classification" if state.head else "text-generation"
         _write(model, each.plan, folder / each.folder, tokenizer, model_card(row, task, config.aggregation, facts))
         rows.append(row)
@@ -226,7 +231,9 @@ def export(
 def _write(model: nn.Module, plan: PruningPlan, folder: Path, tokenizer: Any, card: str) -> None:
     try:
         save_pruned(model, plan, folder, tokenizer)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # on a full disk safetensors raises its own class, tokenizers a bare Exception
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
         raise RunFolderError(f"cannot write {folder}: {str(error).splitlines()[0]}") from None
     write_whole(folder / CARD, card)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
@@ -12,11 +14,11 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FIGURES = ("accuracy", "loss")
 _SERVE = {
     "text-classification": """\
-inputs = tokenizer(["{example}"], return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer([{example}], return_tensors="pt", return_token_type_ids=False)
 logits = model(**inputs).logits
 print([model.config.id2label[index] for index in logits.argmax(-1).tolist()])""",
     "text-generation": """\
-inputs = tokenizer(["{example}"], return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer([{example}], return_tensors="pt", return_token_type_ids=False)
 tokens = model.generate(**inputs, max_new_tokens=40)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))""",
 }
@@ -36,9 +38,8 @@ learning with `fl_edge` (FedSpine). The data stayed on {count} devices; {members
 
 {figures}
 
-Parameters are those of the base with its head; the adapter has {adapter_parameters:,} more at rank {rank}, as many as
-its multiply-adds a token, and none once `merge_and_unload()` has put it into the base. Multiply-adds are those of the
-linear maps in the blocks.
+Parameters are those of the base with its head, multiply-adds those of the linear maps in the blocks. The adapter, of
+rank {rank}, adds {adapter_parameters:,} of either until `model.merge_and_unload()` has put it into the base.
 
 ## Load
 
@@ -87,8 +88,12 @@ def model_card(row: Mapping[str, Any], task: str, rule: str, facts: Mapping[str,
         its pairs; ``base`` and ``data`` enter the YAML too, ``example`` is the text that the model is shown.
     """
     facts = dict(facts)
-    example = str(facts.pop("example", "Return the sorted list of keys.")).replace("\\", r"\\").replace('"', r"\"")
-    title = f"{facts.get('base', 'Transformer')}, {row['sparsity']:.0%} pruned"
+    example = json.dumps(facts.pop("example", "Return the sorted list of keys."), ensure_ascii=False)
+    base = str(facts.get("base", ""))
+    hub_name = base if _HUB_NAME.fullmatch(base) and not Path(base).exists() else None
+    if base and hub_name is None:
+        base = facts["base"] = Path(base).name  # where it lies on this machine is of no use elsewhere
+    title = f"{base or 'Transformer'}, {row['sparsity']:.0%} pruned"
     measured = {name: row[name] for name in _FIGURES if name in row}
     table = [
         ("", "this model", "unpruned"),
@@ -110,13 +115,12 @@ def model_card(row: Mapping[str, Any], task: str, rule: str, facts: Mapping[str,
         facts=_table([("", ""), *((name, _value(value)) for name, value in facts.items())]),
         rule=_RULES[rule],
     )
-    return f"---\n{_front(title, task, measured, facts)}\n---\n\n{text}"
+    return f"---\n{_front(title, task, measured, hub_name, str(facts.get('data', '')))}\n---\n\n{text}"
 
 
-def _front(title: str, task: str, measured: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+def _front(title: str, task: str, measured: Mapping[str, float], base: str | None, data: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData  # noqa: PLC0415 - heavy
 
-    base, data = str(facts.get("base", "")), str(facts.get("data", ""))
     results = [
         EvalResult(task, re.sub(r"\W+", "-", data.lower()).strip("-"), data, metric_type=name, metric_value=value)
         for name, value in measured.items()
@@ -125,7 +129,7 @@ def _front(title: str, task: str, measured: Mapping[str, float], facts: Mapping[
     card = ModelCardData(
         library_name="peft",
         pipeline_tag=task,
-        base_model=base if _HUB_NAME.fullmatch(base) else None,
+        base_model=base,
         tags=["lora", "pruning", "federated-learning", "fl-edge", "fedspine"],
         model_name=title if results else None,
         eval_results=results or None,
