@@ -38,7 +38,7 @@ from tests.tiny_transformers import FAMILIES, draw_plan, make_model
 MEMBERS, HEAD = members(BASE), head_of(BASE)
 SHAPES = map_shapes(BASE, MEMBERS)
 PLAN = draw_plan(BASE, np.random.default_rng(0), 0.4)
-ORDER = order_of(PLAN, rank=2, server_round=4)
+ORDER = order_of(PLAN, rank=2, server_round=4, tau=3)
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 

@@ -69,8 +69,8 @@ def make_fedspine(**settings: Any) -> FedSpineConfig:
     names = ScheduleConfig.__dataclass_fields__
     schedule = ScheduleConfig(**{"largest": 0.25, **{n: settings.pop(n) for n in list(settings) if n in names}})
     return FedSpineConfig(
-        **{"ranks": "2 4 8", "fixed_rank": 4, "tau": 3, "batch_size": 8, "learning_rate": 1e-2, "dropout": 0.1,
-           "schedule": schedule, **settings}
+        **{"ranks": "2 4 8", "fixed_rank": 4, "tau": 2, "batch_size": 8, "probe_batches": 1, "learning_rate": 1e-2,
+           "dropout": 0.1, "schedule": schedule, **settings}
     )  # fmt: skip
 
 
