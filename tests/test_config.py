@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from fl_edge.config import check, flatten, resolve, setting, to_yaml
 from fl_edge.errors import ConfigError
-from simulations.scenario import MergeSFLScenario
+from simulations.scenario import MergeSFLScenario, scenario_class
 
 SIMULATIONS = Path(__file__).parent.parent / "simulations"
 
@@ -230,7 +230,7 @@ def test_any_mapping_is_a_configuration_or_one_line(source: dict[Any, Any], over
 
 @pytest.mark.parametrize("file", sorted(SIMULATIONS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_scenario_resolves(file: Path) -> None:
-    assert resolve(MergeSFLScenario, file, {}).simulation == file.stem
+    assert resolve(scenario_class(file.stem), file, {}).simulation == file.stem
 
 
 def test_there_are_shipped_scenarios() -> None:

@@ -226,7 +226,7 @@ def refuse(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 def poison(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    next(iter(tensors.values()))[0, 0] = float("nan")
+    tensors[min(tensors)][0, 0] = float("nan")
 
 
 def forget(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -20,8 +20,8 @@ from fl_edge.edge.config import EdgeConfig
 from fl_edge.errors import ConfigError, TrainingError
 from fl_edge.link import Fault, LocalGrid
 from fl_edge.link.content import config_of, make_content, tensors_of
-from fl_edge.observers import Recorder
 from fl_edge.mergesfl.report import RoundReport
+from fl_edge.observers import Recorder
 from fl_edge.runs import RunFolder
 from fl_edge.strategies.mergesfl import MergeSFL
 from tests.tiny import FEATURES, make_app, make_model, make_strategy, same_bits, train, workload

@@ -25,10 +25,10 @@ def test_the_example_of_ones_own_project_trains(
 
 def test_settings_named_in_the_readme_are_there() -> None:
     from fl_edge.config import flatten
-    from simulations.scenario import MergeSFLScenario
+    from simulations.scenario import FedSpineScenario, MergeSFLScenario
 
-    keys = flatten(MergeSFLScenario)
+    keys = flatten(MergeSFLScenario) | flatten(FedSpineScenario)
     prose = re.sub(r"```python\n.*?```", "", README.read_text(), flags=re.DOTALL)
-    named = set(re.findall(r"\b((?:data|model|edge|mergesfl)\.[a-z_0-9]+)\b", prose))
+    named = set(re.findall(r"\b((?:data|model|edge|mergesfl|fedspine)\.[a-z_0-9]+)\b", prose))
     assert len(named) > 10
     assert named <= set(keys)

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from fl_edge.errors import RunFolderError
-from fl_edge.observers import Lines, TensorBoard
 from fl_edge.mergesfl.pictures import draw
 from fl_edge.mergesfl.report import Lost, RoundReport, summarise
+from fl_edge.observers import Lines, TensorBoard
 from tests.tiny_report import report
 
 # ------------------------------------------------------------------------------------------------------- observers

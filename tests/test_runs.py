@@ -15,8 +15,8 @@ import torch
 from fl_edge.checkpoints import load_checkpoint, save_checkpoint
 from fl_edge.errors import RunFolderError
 from fl_edge.files import write_whole
-from fl_edge.observers import Recorder
 from fl_edge.mergesfl.report import summarise
+from fl_edge.observers import Recorder
 from fl_edge.runs import RunFolder, saved_config, versions
 from tests.tiny import same_bits
 from tests.tiny_report import report

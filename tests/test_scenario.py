@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.common.config import parse_config_args
+from flwr.common.config import flatten_dict, parse_config_args
 
 from fl_edge.config import flatten, to_yaml
 from fl_edge.errors import ConfigError, RunFolderError, TrainingError
@@ -23,7 +23,8 @@ from fl_edge.runs import RunFolder
 from simulations import launch
 from simulations.client_app import app
 from simulations.mergesfl import run_mergesfl
-from simulations.scenario import MergeSFLScenario, read_scenario
+from simulations.scenario import FedSpineScenario, MergeSFLScenario, read_scenario
+from tests.scenarios import mergesfl_scenario
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,21 +32,18 @@ ROOT = Path(__file__).parent.parent
 def flower_defaults() -> dict[str, Any]:
     """What Flower hands to the app when nothing is overridden: the table of pyproject.toml, flattened."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
+    return dict(flatten_dict(table))
 
 
 def test_flower_accepts_every_key_of_the_scenario_and_no_other() -> None:
     defaults = flower_defaults()
-    assert defaults.keys() == flatten(MergeSFLScenario).keys()
-    assert {key: value for key, value in defaults.items() if value != ""} == {"simulation": "mergesfl"}
+    assert defaults.keys() == flatten(MergeSFLScenario).keys() | flatten(FedSpineScenario).keys()
+    assert set(defaults.values()) == {""}
 
 
 def test_empty_text_means_as_the_scenario_has_it() -> None:
     assert read_scenario(flower_defaults()) == read_scenario({})
-    scenario = read_scenario(flower_defaults() | {"rounds": 3, "mergesfl.tau": "4"})
+    scenario = mergesfl_scenario(flower_defaults() | {"rounds": 3, "mergesfl.tau": "4"})
     assert (scenario.rounds, scenario.mergesfl.tau) == (3, 4)
     assert scenario.mergesfl.batch_size == 32  # of the YAML; the dataclass has 64
 
@@ -61,7 +59,7 @@ def test_an_unknown_key_is_one_line() -> None:
 
 
 def test_the_released_variant_has_the_settings_of_the_released_code() -> None:
-    paper, variant = read_scenario({}), read_scenario({"variant": "released"})
+    paper, variant = mergesfl_scenario({}), mergesfl_scenario({"variant": "released"})
     assert variant == replace(paper, variant="released", mergesfl=released(paper.mergesfl))
     changed = {key for key, value in asdict(variant.mergesfl).items() if value != asdict(paper.mergesfl)[key]}
     assert changed == {"selection", "batches", "aggregation", "scale", "tuning", "fill", "min_workers"}
@@ -155,7 +153,7 @@ def test_overrides_stay_text_until_the_field_says_what_they_are() -> None:
         "resume": "",
         "seed": "7",
     }
-    scenario = read_scenario(launch.parse(given))
+    scenario = mergesfl_scenario(launch.parse(given))
     assert (scenario.rounds, scenario.mergesfl.learning_rate, scenario.mergesfl.fill) == (5, 0.5, False)
 
 
@@ -253,12 +251,12 @@ def test_a_port_held_by_something_else_is_one_line_and_left_alone(
 def test_a_run_that_fails_before_its_first_round_leaves_nothing_behind(tmp_path: Path) -> None:
     config = {"runs": str(tmp_path / "runs"), "devices": 200, "mergesfl.min_workers": 5, "rounds": 2}
     with pytest.raises(TrainingError, match=r"no device can take part: device \d+ of 200 would hold 0 of 1437 samples"):
-        run_mergesfl(LocalGrid(app, 200, run_config=config), read_scenario(config))
+        run_mergesfl(LocalGrid(app, 200, run_config=config), mergesfl_scenario(config))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_run_folder_stays_below_the_folder_of_the_runs(tmp_path: Path) -> None:
     for name in ("../outside", str(tmp_path / "elsewhere"), ".."):
         with pytest.raises(ConfigError, match="must be the name of one folder below"):
-            run_mergesfl(None, read_scenario({"runs": str(tmp_path / "runs"), "name": name}))  # type: ignore[arg-type]
+            run_mergesfl(None, mergesfl_scenario({"runs": str(tmp_path / "runs"), "name": name}))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

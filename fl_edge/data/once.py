@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from fl_edge.files import default_folder, write_whole
 log = logging.getLogger("flwr.fl_edge")
 
 _CHECKSUMS = "checksums.json"
+_SHORT_S = 1.0  # what takes no longer is not worth a message
 
 
 def content_key(*parts: object) -> str:
@@ -73,11 +75,16 @@ def is_whole(folder: Path) -> bool:
 
 
 def _wait(lock: IO[str], what: str) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.info("another process makes %s; waiting for it", what)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    deadline = time.monotonic() + _SHORT_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return
+    log.info("another process makes %s; waiting for it", what)
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:

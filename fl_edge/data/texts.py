@@ -125,6 +125,11 @@ def text_classes(config: TextConfig, seed: int) -> list[str]:
     return open_texts(config, seed)[0].classes
 
 
+def head_classes(config: TextConfig, seed: int) -> list[str] | None:
+    """Return the classes that a model's head tells apart; None for a causal language model, which has no such head."""
+    return None if config.answers else text_classes(config, seed)
+
+
 def open_texts(config: TextConfig, seed: int) -> tuple[Texts, Texts]:
     """Return (training, test) split, not tokenised; cached by process. See :func:`load_text_device`."""
     with _LOADING:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,10 @@ def _attach(model: Any, adapter: Path) -> nn.Module:
     from peft import PeftModel  # noqa: PLC0415 - takes seconds to import
 
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that transformers has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(f"the adapter in {adapter} is damaged or of another model: {_line(error)}") from None
 
