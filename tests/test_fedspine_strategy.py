@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fl_edge.checkpoints import load_checkpoint
-from fl_edge.clients.fedspine import FedSpineClient
 from fl_edge.errors import ConfigError, TrainingError
 from fl_edge.fedspine.config import FedSpineConfig
 from fl_edge.fedspine.factors import Factors
@@ -531,8 +530,6 @@ def test_what_is_tested_enters_the_report() -> None:
     shapes: list[int] = []
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> Any:
-        from flwr.app import MetricRecord
-
         shapes.append(len(unpack(arrays[PACKED])))
         return MetricRecord({"accuracy": 0.5 + server_round / 10, "loss": 1.0, "sparsity": 0.2})
 
@@ -573,7 +570,6 @@ def test_the_client_stands_beside_other_handlers() -> None:
     grid = LocalGrid(app, 1)
     (reply,) = grid.send_and_receive([Message(make_content({}), 1, "train")])
     assert config_of(reply) == {"mine": True}
-    assert FedSpineClient is not None
     strategy = make_strategy(1)
     assert strategy.configure_evaluate(1, ArrayRecord(), ConfigRecord(), grid) == []
     strategy.aggregate_evaluate(1, [])
