@@ -23,6 +23,7 @@ from fl_edge.fedspine.config import FedSpineConfig
 from fl_edge.fedspine.export import assemble, export, size_classes
 from fl_edge.fedspine.factors import Factors
 from fl_edge.fedspine.lora import head_of, map_shapes
+from fl_edge.fedspine.model_card import model_card
 from fl_edge.fedspine.selection import select
 from fl_edge.fedspine.state import DeviceState, FedSpineState
 from fl_edge.models.vocabulary import decoder_tokenizer, encoder_tokenizer
@@ -274,6 +275,17 @@ def test_no_path_of_this_machine_goes_along(exported: Exported) -> None:
             assert str(exported.folder) not in file.read_text()
 
 
+def test_a_local_folder_is_no_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"folder": "sparsity-0.50", "devices": 1, "sparsity": 0.5, "rank": 2, "adapter_parameters": 3,
+           "parameters": 1, "parameters_before": 2, "macs": 1, "macs_before": 2}  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    facts = {"base": "models/mine", "devices": 1}
+    cards = [model_card(row, "text-classification", "flexlora", facts)]
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    cards.append(model_card(row, "text-classification", "flexlora", facts))
+    assert [ModelCard(card).data.base_model for card in cards] == ["models/mine", None]
+
+
 def test_a_bare_card_says_only_what_is_known(tmp_path: Path) -> None:
     made = Exported("classification", tmp_path / "first")
     made.folder = tmp_path / "second"
@@ -294,9 +306,11 @@ def test_classes_that_are_gone_are_removed_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / "sparsity-notes").mkdir()
     (tmp_path / "kept.txt").write_text("")
     kept = made.rows[1]["folder"]
+    (tmp_path / kept / "mine.txt").write_text("")
     del made.state.devices["c"]
     assert [row["folder"] for row in made.write()] == [kept]
     assert {path.name for path in tmp_path.iterdir()} == {kept, "sparsity-notes", "kept.txt"}
+    assert (tmp_path / kept / "mine.txt").exists()
 
 
 @contextmanager

@@ -39,12 +39,13 @@ def size(png: bytes) -> tuple[int, int]:
         (run(rounds=1), (1408, 660)),
         (run(devices=3, rounds=200), (1408, 660)),
         (run(first=7, tested=False, virtual=False), (704, 660)),
+        ([*run(rounds=2), *run(rounds=2, first=3, virtual=False)], (704, 660)),
         (run(never=(1,)), (1408, 660)),
         (run(devices=2, never=(0, 1)), (1408, 660)),
         (run(devices=0), (1408, 660)),
         (run(devices=1, ranks=(8,)), (1408, 660)),
     ],
-    ids=["one round", "many rounds", "no test, real clock, resumed", "one always absent", "all always absent",
+    ids=["one round", "many rounds", "no test, real clock, resumed", "both clocks", "one always absent", "all always absent",
          "no device", "one device of one rank"],
 )  # fmt: skip
 def test_three_pictures_are_drawn_of_any_run(reports: list[RoundReport], accuracy: tuple[int, int]) -> None:
