@@ -45,8 +45,8 @@ def size(png: bytes) -> tuple[int, int]:
         (run(devices=0), (1408, 660)),
         (run(devices=1, ranks=(8,)), (1408, 660)),
     ],
-    ids=["one round", "many rounds", "no test, real clock, resumed", "both clocks", "one always absent", "all always absent",
-         "no device", "one device of one rank"],
+    ids=["one round", "many rounds", "no test, real clock, resumed", "both clocks", "one always absent",
+         "all always absent", "no device", "one device of one rank"],
 )  # fmt: skip
 def test_three_pictures_are_drawn_of_any_run(reports: list[RoundReport], accuracy: tuple[int, int]) -> None:
     found = draw(reports)
