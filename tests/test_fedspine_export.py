@@ -283,7 +283,8 @@ def test_a_local_folder_is_no_model_of_the_hub(tmp_path: Path, monkeypatch: pyte
     cards = [model_card(row, "text-classification", "flexlora", facts)]
     (tmp_path / "models" / "mine").mkdir(parents=True)
     cards.append(model_card(row, "text-classification", "flexlora", facts))
-    assert [ModelCard(card).data.to_dict().get("base_model") for card in cards] == ["models/mine", None]
+    found: list[Any] = [ModelCard(card).data for card in cards]
+    assert [data.base_model for data in found] == ["models/mine", None]
 
 
 def test_a_bare_card_says_only_what_is_known(tmp_path: Path) -> None:
