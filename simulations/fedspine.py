@@ -26,12 +26,14 @@ from fl_edge.models.language import load_language_model
 from fl_edge.models.pretraining import weights_digest
 from fl_edge.observers import Lines, Recorder, TensorBoard
 from fl_edge.pruning import sparsity
+from fl_edge.runs import versions
 from fl_edge.strategies.fedspine import FedSpine
 from simulations.running import close_run, open_run, say
 from simulations.scenario import FedSpineScenario
 
 _PACKAGES = ("fl-edge", "flwr", "torch", "transformers", "peft", "tokenizers", "numpy", "datasets", "flwr-datasets")
 _TEST_BATCH = 64
+_EXAMPLE = "# Return the sorted list of keys.\n"  # of an instruction, for the model card
 
 
 def run_fedspine(grid: Grid, scenario: FedSpineScenario) -> FedSpine:
@@ -82,7 +84,13 @@ def run_fedspine(grid: Grid, scenario: FedSpineScenario) -> FedSpine:
     reports = [RoundReport.from_record(record) for record in folder.rounds]
     summary = summarise(reports)
     if scenario.take_home:
-        about = {"base": scenario.model.name, "data": scenario.data.source, "seed": scenario.seed}
+        about = {
+            "base": scenario.model.name,
+            "data": scenario.data.source,
+            "seed": scenario.seed,
+            "versions": versions(_PACKAGES),
+            **({"example": _EXAMPLE} if scenario.data.source == "instructions" else {}),
+        }
         taken = export(
             folder.path / "models", lambda: copy.deepcopy(base), strategy.state, strategy.config, strategy.sizes,
             tokenizer, measure, about,

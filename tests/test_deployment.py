@@ -13,6 +13,7 @@ from fl_edge.checkpoints import load_checkpoint
 from simulations.deployment import Deployment
 from simulations.launch import APP
 from simulations.processes import DeploymentError
+from tests import fedspine_scenario
 from tests.scenarios import SMALL, locally
 from tests.tiny import same_bits
 
@@ -57,6 +58,20 @@ def test_mergesfl_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp
     assert outcome.status == "finished:completed", outcome.log
     assert "clients stay connected" not in outcome.log
     kept, local = load_checkpoint(tmp_path / "deployed" / "checkpoints"), locally(tmp_path, rounds=1)
+    assert kept is not None
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record == local["record"]
+
+
+def test_fedspine_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp_path: Path) -> None:
+    settings = fedspine_scenario.make_files(tmp_path / "files") | {"rounds": 1, "fedspine.schedule.target": 0.2}
+    config = {**settings, "fedspine.schedule.deadline": 1.0, "fedspine.schedule.warmup_rounds": 0, "resident": False}
+    outcome = deployment.run(APP, {**config, "runs": str(tmp_path), "name": "deployed"}, timeout_s=400)
+    assert outcome.status == "finished:completed", outcome.log
+    assert "clients stay connected" not in outcome.log
+    assert list((deployment.folder / "cache" / "pruned").iterdir())  # the next message meets another process
+    kept = load_checkpoint(tmp_path / "deployed" / "checkpoints")
+    local = fedspine_scenario.locally(tmp_path, config)
     assert kept is not None
     assert same_bits(kept.weights, local["weights"])
     assert kept.record == local["record"]

@@ -18,6 +18,7 @@ import pytest
 from fl_edge.checkpoints import load_checkpoint
 from simulations.deployment import free_ports
 from simulations.launch import APP, stop_superlink, superlink_family
+from tests import fedspine_scenario
 from tests.scenarios import SMALL, locally
 from tests.tiny import same_bits
 
@@ -74,6 +75,20 @@ def test_flwr_run_ends_with_the_bits_of_a_local_grid(launcher: Launcher, tmp_pat
     assert same_bits(kept.weights, local["weights"])
     assert kept.record == local["record"]
     assert not superlink_family(launcher.port)  # stopped, since the launcher had started it
+
+
+def test_fedspine_ends_with_the_bits_of_a_local_grid(launcher: Launcher, tmp_path: Path) -> None:
+    settings = fedspine_scenario.make_files(tmp_path / "files")
+    status, output = launcher.run(name="ray", **{**dict.fromkeys(SMALL), **settings})
+    assert status == 0, output
+    assert "Models to take home" in output
+    folder = tmp_path / "runs" / "ray"
+    assert len(list(folder.glob("*.png"))) >= 3
+    assert list(folder.glob("models/*/adapter/adapter_model.safetensors"))
+    kept, local = load_checkpoint(folder / "checkpoints"), fedspine_scenario.locally(tmp_path, settings)
+    assert kept is not None
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record == local["record"]
 
 
 def test_a_run_killed_at_work_resumes_to_the_same_bits(launcher: Launcher, tmp_path: Path) -> None:

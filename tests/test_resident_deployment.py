@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fl_edge.checkpoints import load_checkpoint
 from simulations.deployment import Deployment, Run
 from simulations.launch import APP
+from tests import fedspine_scenario
 from tests.scenarios import SMALL, locally
 from tests.tiny import same_bits
 
@@ -59,6 +60,19 @@ def test_mergesfl_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp
     assert len(re.findall("Receiving: query.fl_edge_stay", logs(deployment))) == NODES
     assert len(re.findall("Receiving: ", logs(deployment))) == NODES  # nothing else went by Flower's way
     no_secrets(deployment, tmp_path / "deployed")
+
+
+def test_fedspine_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp_path: Path) -> None:
+    settings = fedspine_scenario.make_files(tmp_path / "files")
+    outcome = deployment.run(APP, {**settings, "runs": str(tmp_path), "name": "deployed"})
+    assert outcome.status == "finished:completed", outcome.log
+    assert "clients stay connected" in outcome.log
+    kept = load_checkpoint(tmp_path / "deployed" / "checkpoints")
+    local = fedspine_scenario.locally(tmp_path, settings)
+    assert kept is not None
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record == local["record"]
+    assert not (deployment.folder / "cache" / "pruned").exists()  # models stayed in memory
 
 
 def logs(deployment: Deployment) -> str:

@@ -10,10 +10,8 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fl_edge.errors import RunFolderError
 from fl_edge.fedspine.aggregation import truncate
 from fl_edge.fedspine.config import FedSpineConfig
 from fl_edge.fedspine.deciding import class_plan
@@ -229,12 +227,7 @@ def export(
 
 
 def _write(model: nn.Module, plan: PruningPlan, folder: Path, tokenizer: Any, card: str) -> None:
-    try:
-        save_pruned(model, plan, folder, tokenizer)
-    except Exception as error:  # on a full disk safetensors raises its own class, tokenizers a bare Exception
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
-            raise
-        raise RunFolderError(f"cannot write {folder}: {str(error).splitlines()[0]}") from None
+    save_pruned(model, plan, folder, tokenizer)
     write_whole(folder / CARD, card)
 
 

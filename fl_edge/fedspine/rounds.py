@@ -49,7 +49,7 @@ def factors_to_send(state: FedSpineState, config: FedSpineConfig, seed: int) -> 
     """Return the global factors, in an order in which their first r directions are what rank r receives."""
     generator = torch_rng(seed, "truncate", state.server_round)
     return {
-        path: truncate(factors, config.max_rank, generator) if factors.rank > config.max_rank else factors
+        path: truncate(factors, config.max_rank, generator) if factors.rank != config.max_rank else factors
         for path, factors in sorted(state.adapter.items())  # the generator's order, also after a resume
     }
 

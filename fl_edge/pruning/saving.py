@@ -80,8 +80,10 @@ def save_pruned(model: nn.Module, plan: PruningPlan, folder: Path, tokenizer: An
             write_whole(folder / GENERATION, base.generation_config.to_json_string())  # type: ignore[union-attr, operator]
         write_whole(folder / CONFIG, config.to_json_string())
         record = {"plan": plan.to_record(), "weights_sha256": _sha256(folder / WEIGHTS)}
-    except OSError as error:
-        raise RunFolderError(f"cannot write {folder}: {error.strerror or error}") from None
+    except Exception as error:  # on a full disk safetensors raises a class of its own, tokenizers a bare Exception
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        raise RunFolderError(f"cannot write {folder}: {getattr(error, 'strerror', None) or _line(error)}") from None
     write_whole(folder / PLAN, json.dumps(record, indent=1) + "\n")
 
 
