@@ -323,6 +323,9 @@ def test_virtual_time_follows_profile_plan_and_rank() -> None:
     assert seconds(1, SMALLER, 4) < seconds(1, SMALL, 4) < slow
     assert seconds(1, FULL, 2) < slow
     assert seconds(1, FULL, 4, tau=4) == pytest.approx(2 * slow)
+    costs, tensors = count_costs(BASE, SMALL), device_adapter(ADAPTER, MEMBERS, SMALL, 4).values()
+    lora = sum(factors.a.numel() + factors.b.numel() for factors in tensors)
+    assert seconds(1, SMALL, 4) == pytest.approx(training_macs(costs, lora, [(64, 8)] * 2) / 1e8)
     # by hand: 2 iterations of 8 rows of 8 tokens, at 1e8 multiply-adds a second
     block = 2 * (4 * 32 * 32 + 2 * 32 * 40)
     lora = 4 * 2 * (4 * (32 + 32) + 2 * (32 + 40))

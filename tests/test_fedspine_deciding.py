@@ -145,6 +145,16 @@ def test_the_consensus_is_the_holders_mean_by_samples_below_what_others_have_rem
         assert all(np.array_equal(found[layer][unit], again[layer][unit]) for unit in UNITS)
 
 
+def test_the_consensus_does_not_depend_on_who_came_first() -> None:
+    """To the bit: sums of floats do."""
+    config, rng = make_fedspine(), np.random.default_rng(0)
+    devices = {str(n): device_of(config, int(rng.integers(1, 99))) for n in range(30)}
+    for device in devices.values():
+        device.observe(observed(rng, FULL), 3, 0.9)
+    one, other = (removal_scores(config, each, "0") for each in (devices, dict(reversed(devices.items()))))
+    assert all(np.array_equal(one[layer][unit], other[layer][unit]) for layer in range(2) for unit in UNITS)
+
+
 def test_a_cut_whose_scores_were_lost_still_counts_for_the_order() -> None:
     """A round of which no iteration gave finite scores changes the plan and tells nothing about importance."""
     config = make_fedspine()

@@ -23,7 +23,7 @@ from fl_edge.fedspine.config import FedSpineConfig
 from fl_edge.fedspine.factors import Factors
 from fl_edge.fedspine.lora import head_names
 from fl_edge.fedspine.report import RoundReport, summarise
-from fl_edge.fedspine.reward import waiting_time
+from fl_edge.fedspine.reward import loss_drop, pruning_progress, rewards, waiting_time
 from fl_edge.link import Fault, LocalGrid
 from fl_edge.link.content import PACKED, config_of, make_content, tensors_of
 from fl_edge.link.faults import random_faults
@@ -308,15 +308,15 @@ def test_three_rounds_without_a_reply_are_one_line() -> None:
 
 
 def test_two_rounds_without_a_reply_are_none() -> None:
-    def in_two_and_three(message: Message, received: int) -> Fault | None:
-        return Fault(drop=True) if message.metadata.group_id in ("2", "3") else None
+    def two_at_a_time(message: Message, received: int) -> Fault | None:
+        return Fault(drop=True) if message.metadata.group_id in ("2", "3", "5", "6") else None
 
-    strategy, reports = train(4, faults=in_two_and_three)
-    assert [len(report.devices) for report in reports] == [3, 0, 0, 3]
-    assert [len(report.absent) for report in reports] == [0, 3, 3, 0]
+    strategy, reports = train(7, faults=two_at_a_time, tau=1)
+    assert [len(report.devices) for report in reports] == [3, 0, 0, 3, 0, 0, 3]
+    assert [len(report.absent) for report in reports] == [0, 3, 3, 0, 3, 3, 0]
     assert reports[1].waiting_s == 0
     assert reports[1].up_bytes == 0
-    assert strategy.state.server_round == 4
+    assert strategy.state.server_round == 7
 
 
 def test_settings_that_no_model_can_have_are_one_line() -> None:
@@ -416,6 +416,40 @@ def test_bandits_learn_what_was_played() -> None:
         played = [(report.devices[n].ratio, report.devices[n].rank, report.devices[n].reward) for report in reports]
         history = strategy.state.devices[name].agent.history
         assert [(pull.arm.ratio, pull.arm.rank, pull.reward) for pull in history] == played
+
+
+def test_a_reward_counts_from_the_loss_after_the_round_before() -> None:
+    replies: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+    strategy, reports = train(2, app=kept_replies(make_app(), replies), **SPREAD)
+    for number, report in enumerate(reports):
+        told = [config for config, _ in replies[DEVICES * number : DEVICES * (number + 1)]]
+        start = [row.loss_after for row in reports[0].devices] if number else [each["loss_before"] for each in told]
+        before = [row.sparsity for row in reports[0].devices] if number else [0.0] * DEVICES
+        drop = loss_drop(start, [each["loss_after"] for each in told])
+        progress = pruning_progress(before, [row.sparsity for row in report.devices], 0.5)
+        could = ["rank only" not in row.why for row in report.devices]
+        expected = rewards(
+            strategy.config.reward, drop, progress, [each["update_importance"] for each in told],
+            [row.busy_s for row in report.devices], could,
+        )  # fmt: skip
+        assert [row.reward for row in report.devices] == pytest.approx(expected.tolist())
+
+
+def test_what_is_sent_does_not_depend_on_the_order_of_the_maps() -> None:
+    """Fresh directions are drawn, and a checkpoint sorts the maps by name."""
+    found = []
+    for turned in (False, True):
+        strategy = make_strategy()
+        wide = {
+            path: Factors(torch.ones(12, f.a.shape[1]), torch.zeros(len(f.b), 12))
+            for path, f in strategy.state.adapter.items()
+        }
+        strategy.state.adapter = dict(reversed(wide.items())) if turned else wide
+        found.append(strategy.factors_to_send())
+    assert found[0].keys() == found[1].keys()
+    for path, factors in found[0].items():
+        assert factors.rank == 8
+        assert torch.equal(factors.a, found[1][path].a)
 
 
 def test_flowers_own_loop_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
