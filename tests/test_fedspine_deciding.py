@@ -146,9 +146,9 @@ def test_the_consensus_is_the_holders_mean_by_samples_below_what_others_have_rem
 
 
 def test_the_consensus_does_not_depend_on_who_came_first() -> None:
-    """To the bit: sums of floats do."""
+    """To the bit; with few samples the sums are exact anyway."""
     config, rng = make_fedspine(), np.random.default_rng(0)
-    devices = {str(n): device_of(config, int(rng.integers(1, 99))) for n in range(30)}
+    devices = {str(n): device_of(config, int(rng.integers(1, 10**14))) for n in range(30)}
     for device in devices.values():
         device.observe(observed(rng, FULL), 3, 0.9)
     one, other = (removal_scores(config, each, "0") for each in (devices, dict(reversed(devices.items()))))
