@@ -14,6 +14,7 @@ def test_the_example_of_ones_own_project_trains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FL_EDGE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:
@@ -29,6 +30,6 @@ def test_settings_named_in_the_readme_are_there() -> None:
 
     keys = flatten(MergeSFLScenario) | flatten(FedSpineScenario)
     prose = re.sub(r"```python\n.*?```", "", README.read_text(), flags=re.DOTALL)
-    named = set(re.findall(r"\b((?:data|model|edge|mergesfl|fedspine)\.[a-z_0-9]+)\b", prose))
+    named = set(re.findall(r"\b((?:data|model|edge|mergesfl|fedspine(?:\.schedule)?)\.[a-z_0-9]+)\b(?![./])", prose))
     assert len(named) > 10
     assert named <= set(keys)
