@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,8 @@ from fl_edge.fedspine.replies import checked_adapter, checked_samples, named
 from fl_edge.fedspine.training import LocalRound, TrainingSettings
 from fl_edge.pruning import Member, PruningPlan, kept_indices
 from fl_edge.pruning.plan import UNITS, Unit
+
+_LARGEST = 1e12  # of a device's seconds, losses and bits a second
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,11 @@ def checked_number(config: Mapping[str, Any], name: str) -> float:
     Raises
     ------
     ReplyError
-        There is none, or it is below 0 or not finite.
+        There is none, it is below 0, not finite, or so large that a mean over devices would drown in it.
     """
     value = config.get(name)
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ReplyError(f"{name} is {value}; a finite number of at least 0 is due")
+    if not isinstance(value, int | float) or not 0 <= value < _LARGEST:
+        raise ReplyError(f"{name} is {value}; a number of at least 0 and below {_LARGEST:g} is due")
     return float(value)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ def aggregate_round(
     state: FedSpineState,
     config: FedSpineConfig,
     members: Sequence[Member],
+    start: Mapping[str, Factors],
     done: Sequence[Done],
     seed: int,
     server_round: int,
@@ -65,6 +66,11 @@ def aggregate_round(
     """Put the devices' factors and heads into the global ones, in the order of `done`, and return their weights.
 
     Factors are weighted as `fl_edge.fedspine.weighting` says, heads by samples.
+
+    Parameters
+    ----------
+    start
+        The factors of rank r_max that the devices started from; what nobody holds stays as it is there.
     """
     replies = [each.reply for each in done]
     norms = [adapter_norm(reply.adapter.values()) for reply in replies] if config.weighting == "norm" else []
@@ -81,8 +87,13 @@ def aggregate_round(
             Part(each.reply.adapter[member.path], weight, *kept(member, each.sent.order.plan))
             for each, weight in zip(done, weights, strict=True)
         )
-        before = state.adapter[member.path]
-        state.adapter[member.path] = aggregate(config.aggregation, parts, before, config.max_rank, generator)  # type: ignore[arg-type]
+        state.adapter[member.path] = aggregate(
+            config.aggregation,  # type: ignore[arg-type] # one of its choices
+            parts,
+            start[member.path],
+            config.max_rank,
+            generator,
+        )
     samples = torch.tensor([reply.samples for reply in replies], dtype=torch.float64)
     for name, parameter in state.head.items():
         stacked = torch.stack([reply.head[name].double() for reply in replies])

@@ -115,6 +115,7 @@ class FedSpine(Strategy):
         self._roster = Roster("query.fedspine_describe")
         self._timeout: float | None = None
         self._turnaround_s: Callable[[Message], float] | None = None
+        self._start: dict[str, Factors] = {}  # what the devices of this round start from
         self._sent: dict[int, Sent] = {}  # by node
         self._done: list[Done] = []
         self._rows: list[DeviceRound] = []
@@ -229,7 +230,7 @@ class FedSpine(Strategy):
         self._turnaround_s = getattr(grid, "turnaround_s", None)
         self._roster.meet(grid, server_round, self._accept, self._timeout)
         self._sent, self._absent, messages = {}, [], []
-        to_send = self.factors_to_send()
+        self._start = self.factors_to_send()
         head = self.state.head
         for device in self._roster.names:
             known = self.state.devices[device]
@@ -237,7 +238,7 @@ class FedSpine(Strategy):
             scores = removal_scores(self.config, self.state.devices, device)
             decision = decide(self.config, known, scores, self.sizes, server_round, self.rounds, rng)
             order = make_order(self.config, self.seed, server_round, decision.plan, decision.arm.rank)
-            adapter = device_adapter(to_send, self.members, decision.plan, decision.arm.rank)
+            adapter = device_adapter(self._start, self.members, decision.plan, decision.arm.rank)
             tensors = order_tensors(adapter, head)
             node = self._roster.nodes[device]
             content = make_content(order.to_config(), tensors)
@@ -261,7 +262,9 @@ class FedSpine(Strategy):
         self.state.traffic.add(sum(each.up_bytes for each in self._done), down_bytes)
         if not self._done:
             return None, None
-        weights = aggregate_round(self.state, self.config, self.members, self._done, self.seed, server_round)
+        weights = aggregate_round(
+            self.state, self.config, self.members, self._start, self._done, self.seed, server_round
+        )
         self._rows = learn(self.state, self.config, self._done)
         self.state.clock.advance(max(each.busy_s for each in self._done))
         loss = sum(weight * row.loss_after for weight, row in zip(weights, self._rows, strict=True))
