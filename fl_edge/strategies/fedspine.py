@@ -231,11 +231,12 @@ class FedSpine(Strategy):
         self._roster.meet(grid, server_round, self._accept, self._timeout)
         self._sent, self._absent, messages = {}, [], []
         self._start = self.factors_to_send()
-        head = self.state.head
+        head, scores = self.state.head, None
         for device in self._roster.names:
             known = self.state.devices[device]
             rng = numpy_rng(self.seed, "decide", server_round, device)
-            scores = removal_scores(self.config, self.state.devices, device)
+            if scores is None or self.config.importance == "own":  # a consensus is the same for all
+                scores = removal_scores(self.config, self.state.devices, device)
             decision = decide(self.config, known, scores, self.sizes, server_round, self.rounds, rng)
             order = make_order(self.config, self.seed, server_round, decision.plan, decision.arm.rank)
             adapter = device_adapter(self._start, self.members, decision.plan, decision.arm.rank)
