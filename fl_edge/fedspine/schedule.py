@@ -39,8 +39,8 @@ def shortfall(config: ScheduleConfig, rounds: int) -> str | None:
     if _needed(config, 0.0) <= _reach(config, possible) + _EXACT and deadline_round(config, rounds) <= rounds:
         return None
     return (
-        f"a target of {config.target} is out of reach in {rounds} rounds: pruning may take the first "
-        f"{config.deadline:.0%} of them without {config.warmup_rounds} of warm-up, at most {config.largest} a round"
+        f"a target of {config.target} is out of reach in {rounds} rounds: {possible} of them may prune (after "
+        f"warmup_rounds={config.warmup_rounds}, until deadline={config.deadline}), each by largest={config.largest}"
     )
 
 
