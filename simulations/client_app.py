@@ -18,6 +18,7 @@ from fl_edge.edge.costs import compute_seconds_per_sample, macs_per_second, tran
 from fl_edge.edge.profiles import DeviceProfile, device_profile
 from fl_edge.errors import ConfigError
 from fl_edge.link.resident import ClientApp
+from fl_edge.models.accelerator import find_accelerator
 from fl_edge.models.images import build_model
 from fl_edge.models.language import load_language_model
 from fl_edge.models.pretraining import weights_digest
@@ -110,7 +111,7 @@ def _fedspine(place: Place) -> FedSpineWorkload:
         dataset=load_text_device(scenario.data, scenario.seed, place.index, place.count, tokenizer),
         pad_id=tokenizer.pad_token_id,
         costs=costs if scenario.edge.clock == "virtual" else None,
-        accelerator=scenario.accelerator,
+        accelerator=find_accelerator(scenario.accelerator),
         threads=scenario.threads,
     )
 

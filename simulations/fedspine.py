@@ -21,6 +21,7 @@ from fl_edge.fedspine.export import assemble, export
 from fl_edge.fedspine.pictures import draw
 from fl_edge.fedspine.report import RoundReport, summarise
 from fl_edge.link.packing import tensor_bytes
+from fl_edge.models.accelerator import find_accelerator
 from fl_edge.models.evaluation import evaluate_texts
 from fl_edge.models.language import load_language_model
 from fl_edge.models.pretraining import weights_digest
@@ -45,6 +46,7 @@ def run_fedspine(grid: Grid, scenario: FedSpineScenario) -> FedSpine:
         Whatever keeps the run from ending well, in one line.
     """
     torch.set_num_threads(scenario.threads)
+    accelerator = find_accelerator(scenario.accelerator)
     base, tokenizer = load_language_model(scenario.model, scenario.seed, head_classes(scenario.data, scenario.seed))
     test = load_text_test(scenario.data, scenario.seed, tokenizer)
     batches = list(ordered_batches(test, tokenizer.pad_token_id, _TEST_BATCH))
@@ -63,7 +65,7 @@ def run_fedspine(grid: Grid, scenario: FedSpineScenario) -> FedSpine:
     folder, done = open_run(scenario, strategy, take_home_bytes=weights_bytes if scenario.take_home else 0)
 
     def measure(model: nn.Module) -> dict[str, float]:
-        accuracy, loss = evaluate_texts(model.to(scenario.accelerator), batches)
+        accuracy, loss = evaluate_texts(model.to(accelerator), batches)
         return {"accuracy": accuracy, "loss": loss}
 
     def evaluate_model(_server_round: int, _arrays: ArrayRecord) -> MetricRecord:

@@ -71,7 +71,9 @@ class MergeSFLScenario(Scenario):
 class FedSpineScenario(Scenario):
     """Federated LoRA tuning of a transformer that every device prunes at its own pace, on texts."""
 
-    accelerator: str = setting("cpu", "where models compute, on server and devices: cpu, cuda, ...")
+    accelerator: str = setting(
+        "cpu", "where models compute, server and devices: cpu, cuda, ..., auto (cuda where it is)"
+    )
     take_home: bool = setting(True, "leave one folder a size class: pruned model, adapter, tokenizer, model card")
     fedspine: FedSpineConfig = field(default_factory=FedSpineConfig)
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
