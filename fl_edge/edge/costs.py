@@ -33,6 +33,20 @@ def bandwidth_bps(transfer_s: float, feature_bytes: int) -> float:
     return 2 * 8 * feature_bytes / transfer_s
 
 
+def measured_transfer_seconds(turnaround_s: float, handled_s: float) -> float:
+    """Return what an exchange took beyond the device's own work, in seconds (ours).
+
+    Parameters
+    ----------
+    turnaround_s
+        Seconds from sending the message to the arrival of its reply, by the server's clock.
+    handled_s
+        Seconds that the device spent on the message, by its own clock. As clocks differ, it may be more than the
+        turnaround; then nothing is left for the transfer.
+    """
+    return max(0.0, turnaround_s - handled_s)
+
+
 def bottom_transfer_seconds(bottom_bytes: int, bandwidth_bps: float) -> float:
     """Return the seconds that a bottom of ``bottom_bytes`` takes down to a worker and up again, once a round (ours)."""
     return 2 * 8 * bottom_bytes / bandwidth_bps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fl_edge.edge.costs import measured_transfer_seconds
+
 
 def smooth(previous: float | None, observed: float, a: float) -> float:
     """Return the new estimate of mu_i or beta_i, in seconds a sample (eqs. 5-6).
@@ -26,12 +28,9 @@ def measured_transfer_s(turnaround_s: float, handled_s: float, batch_size: int) 
 
     Parameters
     ----------
-    turnaround_s
-        Seconds from sending the message to the arrival of its reply, by the server's clock.
-    handled_s
-        Seconds that the worker spent on the message, by its own clock. As clocks differ, it may be more than the
-        turnaround; then nothing is left for the transfer.
+    turnaround_s, handled_s
+        See :func:`fl_edge.edge.costs.measured_transfer_seconds`.
     batch_size
         Samples in the exchange, at least 1.
     """
-    return max(0.0, turnaround_s - handled_s) / batch_size
+    return measured_transfer_seconds(turnaround_s, handled_s) / batch_size

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fl_edge.config import check
+from fl_edge.edge.costs import measured_transfer_seconds
 from fl_edge.errors import ConfigError, ReplyError, TrainingError
 from fl_edge.fedspine.config import FedSpineConfig
 from fl_edge.fedspine.costs import round_seconds
@@ -333,7 +334,7 @@ class FedSpine(Strategy):
         checked = checked_reply(config, tensors, sent.order, self.members, self.state.head, self.shapes)
         up_bytes = tensor_bytes(tensors)
         if self._turnaround_s is not None and not self.virtual:
-            transfer_s = max(0.0, self._turnaround_s(reply) - checked_number(config, "handled_s"))
+            transfer_s = measured_transfer_seconds(self._turnaround_s(reply), checked_number(config, "handled_s"))
         else:
             transfer_s = round_seconds(0.0, sent.down_bytes, up_bytes, checked.bandwidth_bps)
         return Done(sent, checked, up_bytes, transfer_s)
