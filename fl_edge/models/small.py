@@ -46,8 +46,8 @@ class Recipe:
 
     Attributes
     ----------
-    kind
-        ``encoder`` (BERT) or ``decoder`` (Llama).
+    family
+        ``bert`` (an encoder), ``llama`` or ``qwen3`` (decoders).
     libraries
         Whose text it is trained on; those that are not installed are left out.
     vocabulary
@@ -62,7 +62,7 @@ class Recipe:
         Texts that a package must have for an encoder to learn it; a decoder reads so many thousand characters.
     """
 
-    kind: str
+    family: str
     libraries: tuple[str, ...]
     vocabulary: int
     layers: int
@@ -79,8 +79,10 @@ class Recipe:
 
 _PUBLIC = (STANDARD_LIBRARY, "sympy", "networkx", "matplotlib", "ray", "flwr", "datasets", "PIL")
 SMALL_MODELS = {
-    "small-bert": Recipe("encoder", _PUBLIC, 4096, 4, 128, 4, 4, 512, 128, 300, 32, 1e-3, 40),
-    "small-llama": Recipe("decoder", (STANDARD_LIBRARY,), 2048, 4, 128, 4, 2, 384, 512, 400, 16, 3e-3, 4000),
+    "small-bert": Recipe("bert", _PUBLIC, 4096, 4, 128, 4, 4, 512, 128, 300, 32, 1e-3, 40),
+    "small-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 4, 128, 4, 2, 384, 512, 400, 16, 3e-3, 4000),
+    "deep-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 8, 128, 4, 4, 384, 512, 300, 16, 3e-3, 8000),
+    "deep-qwen": Recipe("qwen3", (STANDARD_LIBRARY,), 2048, 8, 128, 8, 4, 384, 512, 300, 16, 3e-3, 8000),
 }
 
 
@@ -108,7 +110,7 @@ def small_model(name: str, steps: int = 0) -> Path:
     def make(folder: Path) -> None:
         log.info("pretraining %s on the text of %s, once on this machine", name, ", ".join(recipe.libraries))
         with quiet():
-            model = (_encoder if recipe.kind == "encoder" else _decoder)(recipe, name, folder)
+            model = (_encoder if recipe.family == "bert" else _decoder)(recipe, name, folder)
             model.save_pretrained(folder)
         log.info("pretrained %s, weights %s, in %s", name, weights_digest(model), folder.with_name(key))
 
@@ -176,15 +178,16 @@ def _topics(recipe: Recipe) -> tuple[list[str], list[str]]:
 
 
 def _decoder(recipe: Recipe, name: str, folder: Path) -> PreTrainedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - heavy
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy
 
-    texts = _sources(recipe)
+    texts, _ = _sources(recipe)
     tokenizer = decoder_tokenizer(texts, recipe.vocabulary)
     end = tokenizer.eos_token_id
     tokens = torch.tensor([token for row in tokenizer(texts)["input_ids"] for token in (*row, end)])
     tokenizer.model_max_length = recipe.positions  # after the texts, which are far longer
     tokenizer.save_pretrained(folder)
-    settings = LlamaConfig(
+    settings = AutoConfig.for_model(
+        recipe.family,
         vocab_size=len(tokenizer),
         pad_token_id=end,
         bos_token_id=None,
@@ -193,27 +196,38 @@ def _decoder(recipe: Recipe, name: str, folder: Path) -> PreTrainedModel:
         hidden_size=recipe.width,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.groups,
+        head_dim=recipe.width // recipe.heads,
         intermediate_size=recipe.channels,
         max_position_embeddings=recipe.positions,
         tie_word_embeddings=True,
         initializer_range=0.02,
     )
     with torch.random.fork_rng(devices=[]):
-        model: PreTrainedModel = LlamaForCausalLM(settings)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
     initialise(model, dict(model.named_parameters()), torch_rng(_SEED, "pretraining", name))
     order = _stretches(tokens, recipe.positions // 4, recipe.batch_size, torch_rng(_SEED, "batches", name))
     pretrain(model, lambda batch: model(**batch).loss, order, recipe.steps, recipe.rate, name, {})
     return model
 
 
-def _sources(recipe: Recipe) -> list[str]:
-    texts: list[str] = []
-    for library in recipe.libraries:
-        for file in source_files(library):
-            texts.append(file.read_text(encoding="utf-8", errors="replace"))
-            if sum(map(len, texts)) >= 1000 * recipe.least:
-                return texts
-    return texts
+def unseen_sources(name: str) -> list[str]:
+    """Return the source files of its library that a small decoder was not trained on, to calibrate and to test with."""
+    return _sources(SMALL_MODELS[name])[1]
+
+
+def _sources(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return the texts that a decoder is trained on, and the rest."""
+    texts = [
+        file.read_text(encoding="utf-8", errors="replace")
+        for library in recipe.libraries
+        for file in source_files(library)
+    ]
+    read = 0
+    for count, text in enumerate(texts, start=1):
+        read += len(text)
+        if read >= 1000 * recipe.least:
+            return texts[:count], texts[count:]
+    return texts, []
 
 
 def _stretches(tokens: Tensor, length: int, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
