@@ -240,7 +240,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     assert STATE not in context.state
 
 
-@pytest.mark.parametrize("name", ["_write_tensors", "write_whole"])
+@pytest.mark.parametrize("name", ["write_tensors", "write_whole"])
 def test_a_full_disk_is_a_warning(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path, warnings: Any) -> None:
     def full(*_: Any) -> None:
         if name == "write_whole":

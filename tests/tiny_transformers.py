@@ -13,8 +13,9 @@ from fl_edge.pruning import LayerPlan, PruningPlan, full_plan
 from fl_edge.seeding import torch_rng
 
 VOCABULARY, PAD, LAYERS = 64, 1, 2
-ENCODERS, DECODERS = ("bert", "distilbert", "roberta"), ("llama", "mistral", "qwen2", "qwen3")
+ENCODERS, DECODERS = ("bert", "distilbert", "roberta"), ("llama", "mistral", "opt", "qwen2", "qwen3")
 FAMILIES = (*ENCODERS, *DECODERS)
+GROUPED = tuple(family for family in DECODERS if family != "opt")  # queries in groups; fewer heads can be configured
 TASKS = {
     "bare": "AutoModel",
     "classification": "AutoModelForSequenceClassification",
@@ -28,7 +29,9 @@ def make_config(family: str, **changes: Any) -> Any:
         sizes = {"dim": 32, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 24}
     else:
         sizes = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 24}
-    if family in DECODERS:
+    if family == "opt":
+        sizes |= {"ffn_dim": sizes.pop("intermediate_size"), "tie_word_embeddings": False}
+    if family in GROUPED:
         sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
     if family == "qwen3":
         sizes |= {"head_dim": 6}
@@ -92,6 +95,7 @@ def mask_units(model: Any, plan: PruningPlan) -> None:
     heads = config.num_attention_heads
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads // plan.heads[0]
     outputs = {
+        "opt": ("self_attn.out_proj", "fc2"),
         "bert": ("attention.output.dense", "output.dense"),
         "roberta": ("attention.output.dense", "output.dense"),
         "distilbert": ("attention.out_lin", "ffn.lin2"),

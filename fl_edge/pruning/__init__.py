@@ -1,8 +1,9 @@
 """Structured pruning of Hugging Face transformers: prunable units, plans of what stays, and physical slicing."""
 
 from fl_edge.pruning.costs import Costs, count_costs, count_lora, sparsity
+from fl_edge.pruning.loading import load_pruned, read_plan
 from fl_edge.pruning.plan import LayerPlan, PruningPlan, Unit
-from fl_edge.pruning.saving import load_pruned, read_plan, save_pruned
+from fl_edge.pruning.saving import save_pruned
 from fl_edge.pruning.slicing import prune
 from fl_edge.pruning.units import Member, full_plan, kept_indices, members, plain, unit_params
 

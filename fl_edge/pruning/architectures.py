@@ -88,12 +88,25 @@ _LLAMA = Family(
     attributes={"mlp.intermediate_size": "channel"},
     heads_keys={"num_attention_heads": "queries", "num_key_value_heads": "group"},
 )
+_OPT = Family(
+    blocks="decoder.layers",
+    rows={
+        "self_attn.q_proj": "query_rows",
+        "self_attn.k_proj": "key_rows",
+        "self_attn.v_proj": "key_rows",
+        "fc1": "channel",
+    },
+    columns={"self_attn.out_proj": "query_rows", "fc2": "channel"},
+    attributes={"self_attn.num_heads": "queries"},
+    channels_key="ffn_dim",
+)
 
 FAMILIES: Mapping[str, Family] = {
     "bert": _BERT,
     "distilbert": _DISTILBERT,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "opt": _OPT,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "roberta": _BERT,

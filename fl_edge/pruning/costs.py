@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fl_edge.errors import ConfigError
 from fl_edge.pruning.plan import PruningPlan
 from fl_edge.pruning.units import base_linear, find_blocks, members, of_adapter, plain, spans, unit_params
 
@@ -23,7 +24,7 @@ class Costs:
     prunable
         Parameters of the units that stay.
     fixed
-        Other parameters of the blocks: norms, biases of output maps.
+        Other parameters of the layers that stay: norms, biases of output maps.
     outside
         Parameters outside the blocks: embeddings, pooler, head of the task; tied ones once.
     block_macs
@@ -55,29 +56,33 @@ class Costs:
 def count_costs(model: nn.Module, plan: PruningPlan) -> Costs:
     """Return what a model costs under a plan. The model itself may be pruned or not, or have no memory at all (meta).
 
+    A model without some layers must have lost those that the plan removes, or the plan is one of its own layers.
+
     Raises
     ------
     ConfigError
-        An unknown architecture, or a model without blocks.
+        An unknown architecture, a model without blocks, or a plan of another number of layers.
     """
-    base, (path, _) = plain(model), find_blocks(model)
+    base, (path, _), plan = plain(model), find_blocks(model), _by_position(model, plan)
     width = spans(plain(model).config)
     prunable = sum(
         len(layer.heads) * head + len(layer.channels) * channel
         for layer, (head, channel) in zip(plan.layers, unit_params(model), strict=True)
     )
-    reached: dict[str, int] = {}  # parameters of members as they are in this model
+    reached = [0] * len(plan.layers)  # parameters of a layer's members as they are in this model
     block_macs = 0
     for member in members(model):
         linear = base_linear(base.get_submodule(member.path), member.path)
         kept = len(plan.kept(member.layer, member.unit)) * member.width
         block_macs += kept * linear.weight.shape[1 - member.axis]
-        reached[member.path] = linear.weight.numel() + (
+        reached[member.layer] += linear.weight.numel() + (
             linear.bias.numel() if member.axis == 0 and linear.bias is not None else 0
         )
-    own = {name: parameter for name, parameter in base.named_parameters() if not of_adapter(name)}
-    inside = sum(parameter.numel() for name, parameter in own.items() if name.startswith(f"{path}."))
-    outside = sum(parameter.numel() for parameter in own.values()) - inside
+    own = {name: parameter.numel() for name, parameter in base.named_parameters() if not of_adapter(name)}
+    inside = [
+        sum(size for name, size in own.items() if name.startswith(f"{path}.{layer}."))
+        for layer in range(len(plan.layers))
+    ]
     outside_macs = sum(
         module.weight.numel()
         for name, module in base.named_modules()
@@ -85,8 +90,8 @@ def count_costs(model: nn.Module, plan: PruningPlan) -> Costs:
     )
     return Costs(
         prunable=prunable,
-        fixed=inside - sum(reached.values()),
-        outside=outside,
+        fixed=sum(inside[layer] - reached[layer] for layer in plan.layers_kept),
+        outside=sum(own.values()) - sum(inside),
         block_macs=block_macs,
         attention_macs=sum(2 * len(layer.heads) * width["query_rows"] for layer in plan.layers),
         outside_macs=outside_macs,
@@ -106,9 +111,9 @@ def count_lora(model: nn.Module, plan: PruningPlan, rank: int, targets: Collecti
         Ends of the paths of the members that have one, as in peft's ``target_modules``: ``("query", "value")``. Maps
         that are no members (poolers, heads of tasks) are not counted.
     """
-    base, total = plain(model), 0
+    base, plan, total = plain(model), _by_position(model, plan), 0
     for member in members(model):
-        if f".{member.path}".endswith(tuple(f".{target}" for target in targets)):
+        if member.layer in plan.layers_kept and f".{member.path}".endswith(tuple(f".{target}" for target in targets)):
             other = base_linear(base.get_submodule(member.path), member.path).weight.shape[1 - member.axis]
             total += rank * (other + len(plan.kept(member.layer, member.unit)) * member.width)
     return total
@@ -117,15 +122,35 @@ def count_lora(model: nn.Module, plan: PruningPlan, rank: int, targets: Collecti
 def sparsity(plan: PruningPlan, sizes: Sequence[tuple[int, int]]) -> float:
     """Return the share of the originally prunable parameters that a plan removes, in [0, 1).
 
+    What else goes with a removed layer (norms, biases) was not prunable and is not counted.
+
     Parameters
     ----------
     plan
         What stays.
     sizes
-        Parameters of one head and of one channel in each layer, as :func:`~fl_edge.pruning.unit_params` gives them.
+        Parameters of one head and of one channel in each layer, removed ones included, as
+        :func:`~fl_edge.pruning.unit_params` gives them for the unpruned model.
+
+    Raises
+    ------
+    ConfigError
+        Sizes of another number of layers.
     """
+    if len(sizes) != len(plan.layers):
+        raise ConfigError(f"there are sizes of {len(sizes)} layers for a plan of {len(plan.layers)}")
     kept = total = 0
     for layer, (head, channel) in enumerate(sizes):
         kept += len(plan.layers[layer].heads) * head + len(plan.layers[layer].channels) * channel
         total += plan.heads[layer] * head + plan.channels[layer] * channel
     return 1 - kept / total
+
+
+def _by_position(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    """Return the plan in the numbering of the layers that the model has."""
+    there = len(find_blocks(model)[1])
+    if there != len(plan.layers):
+        plan = plan.restricted(plan.layers_kept)
+    if there != len(plan.layers):
+        raise ConfigError(f"the model has {there} layers, of which the plan keeps {len(plan.layers)}")
+    return plan

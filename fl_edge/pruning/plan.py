@@ -18,15 +18,20 @@ UNITS: tuple[Unit, ...] = ("heads", "channels")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer keeps, numbered as in the unpruned model, ascending."""
+    """What one layer keeps, numbered as in the unpruned model, ascending; where both are empty the layer is removed."""
 
     heads: tuple[int, ...]  # attention heads; with grouped queries, key/value groups with their query heads
     channels: tuple[int, ...]  # channels of the feed-forward network
 
+    @property
+    def removed(self) -> bool:
+        """Whether the layer is gone, with its norms and biases."""
+        return not self.heads and not self.channels
+
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What every layer of a model keeps.
+    """What every layer of a model keeps. Layers, too, are numbered as in the unpruned model, removed ones included.
 
     Attributes
     ----------
@@ -35,12 +40,13 @@ class PruningPlan:
     heads, channels
         Units of each layer before pruning.
     layers
-        What each layer keeps; at least one head and one channel.
+        What each layer keeps: at least one head and one channel, or neither where the layer is removed; at least one
+        layer stays.
 
     Raises
     ------
     ConfigError
-        Units that are not ascending, not in the model, or none in a layer.
+        Units that are not ascending or not in the model, a layer that keeps only heads or only channels, or no layer.
     """
 
     model_type: str
@@ -54,15 +60,45 @@ class PruningPlan:
                 f"a pruning plan names {len(self.heads)} layers' heads, {len(self.channels)} layers' channels and "
                 f"{len(self.layers)} layers; it must be the same number, at least 1"
             )
-        for layer in range(len(self.layers)):
+        if not self.layers_kept:
+            raise ConfigError(f"the pruning plan removes all {len(self.layers)} layers; at least one must stay")
+        for layer in self.layers_kept:
             for unit in UNITS:
                 kept, total = self.kept(layer, unit), self.total(layer, unit)
                 if not kept:
-                    raise ConfigError(f"the pruning plan leaves layer {layer} no {unit}; at least one must stay")
+                    raise ConfigError(
+                        f"the pruning plan leaves layer {layer} no {unit}; at least one must stay, "
+                        "or neither heads nor channels, which removes the layer"
+                    )
                 if kept[0] < 0 or kept[-1] >= total or any(a >= b for a, b in pairwise(kept)):
                     raise ConfigError(
                         f"the pruning plan's {unit} of layer {layer} must be ascending numbers below {total}"
                     )
+
+    @property
+    def layers_kept(self) -> tuple[int, ...]:
+        """The layers that stay, ascending."""
+        return tuple(index for index, layer in enumerate(self.layers) if not layer.removed)
+
+    def restricted(self, layers: Sequence[int]) -> PruningPlan:
+        """Return the plan of the model that has only these layers, which it numbers anew from 0.
+
+        With ``present.layers_kept`` it is the plan in the numbering of a model that was sliced by ``present``.
+
+        Raises
+        ------
+        ConfigError
+            Layers that are not ascending, not in the plan, or all removed by it.
+        """
+        chosen = tuple(layers)
+        if any(a >= b for a, b in pairwise(chosen)) or not set(chosen) <= set(range(len(self.layers))):
+            raise ConfigError(f"layers {list(chosen)} must be ascending numbers below {len(self.layers)}")
+        return PruningPlan(
+            self.model_type,
+            tuple(self.heads[layer] for layer in chosen),
+            tuple(self.channels[layer] for layer in chosen),
+            tuple(self.layers[layer] for layer in chosen),
+        )
 
     def kept(self, layer: int, unit: Unit) -> tuple[int, ...]:
         """Return the units that a layer keeps."""

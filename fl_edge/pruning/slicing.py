@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fl_edge.errors import ConfigError
 from fl_edge.pruning.architectures import UNIT_OF
+from fl_edge.pruning.configuration import with_layers
 from fl_edge.pruning.plan import PruningPlan
 from fl_edge.pruning.units import (
     Member,
@@ -19,6 +20,7 @@ from fl_edge.pruning.units import (
     full_plan,
     kept_indices,
     members,
+    of_adapter,
     plain,
     spans,
 )
@@ -30,7 +32,11 @@ def prune(model: nn.Module, plan: PruningPlan, present: PruningPlan | None = Non
     Query, key, value and first feed-forward maps lose rows and biases, output maps lose columns and keep their bias;
     the factors of LoRA adapters follow (rows of B, columns of A), for every adapter there is. Layers may differ.
     Parameters are replaced by contiguous ones of the same dtype, device and ``requires_grad``, without a gradient:
-    make the optimiser after pruning. The configuration keeps the unpruned sizes. Works on the meta device too.
+    make the optimiser after pruning. The configuration keeps the unpruned widths. Works on the meta device too.
+
+    Layers that the plan removes are deleted, norms and all: what came into one goes on unchanged. Those that stay move
+    up, and the model gets a configuration of its own that says so, so that key/value caches, masks and positions are
+    those of a model that never had more layers. Plans keep the numbering of the unpruned model.
 
     Parameters
     ----------
@@ -39,32 +45,59 @@ def prune(model: nn.Module, plan: PruningPlan, present: PruningPlan | None = Non
     plan
         What stays.
     present
-        What the model has now; by default nothing is pruned yet.
+        What the model has now, and which of the unpruned model's layers those are; by default nothing is pruned yet.
 
     Raises
     ------
     ConfigError
         An unknown architecture; a plan of another model; a plan that keeps what ``present`` no longer has; a model
-        that is not as ``present`` says; an adapter that is not plain LoRA. Nothing has been changed then.
+        that is not as ``present`` says; an adapter that is not plain LoRA; a layer to remove from a model with
+        adapters, which are attached after that. Nothing has been changed then.
     """
     full = full_plan(model)
     present = full if present is None else present
-    for role, each in (("plan", plan), ("present plan", present)):
-        if not full.covers(each):
-            raise ConfigError(f"the {role} is one of another model: {_shape(each)}, this one has {_shape(full)}")
+    there = present.layers_kept
+    if not full.covers(present.restricted(there)):
+        raise ConfigError(f"the present plan is one of another model: {_shape(present)}, this one has {_shape(full)}")
+    if not present.unpruned().covers(plan):
+        raise ConfigError(f"the plan is one of another model: {_shape(plan)}, this one has {_shape(present)}")
     if not present.covers(plan):
         raise ConfigError(f"the plan keeps {_first_extra(plan, present)}, which has been removed from the model before")
-    cuts = [cut for member in members(model) if (cut := _check(plain(model), member, plan, present)) is not None]
-    for cut in cuts:
+    plan, present = plan.restricted(there), present.restricted(there)  # from here on layers as the model has them
+    stay, base = plan.layers_kept, plain(model)
+    if stay != present.layers_kept and any(of_adapter(name) for name, _ in model.named_modules()):
+        raise ConfigError("cannot remove layers of a model with adapters; remove them first, then attach adapters")
+    cuts = [_check(base, member, plan, present) for member in members(model)]
+    for cut in (cut for cut in cuts if cut is not None):
         for linear in cut.linears:
             _slice(linear, cut.keep, cut.axis)
         if cut.wrapper is not None:
             cut.wrapper.in_features, cut.wrapper.out_features = cut.linears[0].in_features, cut.linears[0].out_features
-    family, width, (_, blocks) = find_family(model), spans(plain(model).config), find_blocks(model)
+    family, width, (path, blocks) = find_family(model), spans(base.config), find_blocks(model)
+    for index in stay:
+        for attribute, span in family.attributes.items():
+            owner, _, name = attribute.rpartition(".")
+            setattr(blocks[index].get_submodule(owner), name, len(plan.kept(index, UNIT_OF[span])) * width[span])
+    if len(stay) < len(blocks):
+        _keep_layers(base, base.get_submodule(path.rpartition(".")[0]), blocks, stay)
+
+
+def _keep_layers(base: Any, stack: Any, blocks: nn.ModuleList, stay: Sequence[int]) -> None:
+    """Delete all other blocks, and let everything that knows a layer's number or their count follow."""
+    for index in sorted(set(range(len(blocks))) - set(stay), reverse=True):
+        del blocks[index]
+    old, new = base.config, with_layers(base.config, stay)
+    for module in base.modules():
+        if getattr(module, "config", None) is old:  # other models may share it
+            module.config = new
     for index, block in enumerate(blocks):
-        for path, span in family.attributes.items():
-            owner, _, name = path.rpartition(".")
-            setattr(block.get_submodule(owner), name, len(plan.kept(index, UNIT_OF[span])) * width[span])
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):  # its place in the key/value cache
+                module.layer_idx = index  # type: ignore[assignment]
+    if hasattr(stack, "n_layers"):  # DistilBERT
+        stack.n_layers = len(blocks)
+    if hasattr(stack, "has_sliding_layers"):  # Qwen: whether a second mask is made
+        stack.has_sliding_layers = "sliding_attention" in new.layer_types
 
 
 @dataclass(frozen=True)
@@ -78,7 +111,7 @@ class _Cut:
 
 
 def _check(base: nn.Module, member: Member, plan: PruningPlan, present: PruningPlan) -> _Cut | None:
-    """Return what there is to slice at a member, or None where all of it stays; nothing is changed yet."""
+    """Return what there is to slice at a member, or None where all or nothing of it stays; nothing is changed yet."""
     module = base.get_submodule(member.path)
     linear = base_linear(module, member.path)
     there = len(present.kept(member.layer, member.unit)) * member.width
@@ -88,7 +121,7 @@ def _check(base: nn.Module, member: Member, plan: PruningPlan, present: PruningP
             f"{member.path} has {linear.weight.shape[member.axis]} {side}, but {there} by the plan of what is present"
         )
     keep = kept_indices(member, plan, present)
-    if len(keep) == there:
+    if len(keep) in (0, there):
         return None
     return _Cut([linear, *_factors(module, member)], member.axis, keep, module if module is not linear else None)
 
@@ -117,12 +150,16 @@ def _kept(parameter: Tensor, keep: Tensor, axis: int) -> nn.Parameter:
 
 
 def _shape(plan: PruningPlan) -> str:
+    gone = len(plan.layers) - len(plan.layers_kept)
     heads, channels = sorted(set(plan.heads)), sorted(set(plan.channels))
-    return f"{plan.model_type}, {len(plan.layers)} layers, heads {heads}, channels {channels}"
+    layers = f"{len(plan.layers)} layers" + (f" ({gone} removed)" if gone else "")
+    return f"{plan.model_type}, {layers}, heads {heads}, channels {channels}"
 
 
 def _first_extra(plan: PruningPlan, present: PruningPlan) -> str:
     for layer, (wanted, there) in enumerate(zip(plan.layers, present.layers, strict=True)):
+        if there.removed and not wanted.removed:
+            return f"layer {layer}"
         if extra := sorted(set(wanted.heads) - set(there.heads)):
             return f"head {extra[0]} of layer {layer}"
         if extra := sorted(set(wanted.channels) - set(there.channels)):

@@ -84,7 +84,8 @@ def members(model: nn.Module) -> list[Member]:
     """Return every linear map that prunable units reach into, layer by layer.
 
     This is the one description that importance, slicing, sizes and the gathering of LoRA factors follow. It is the
-    same for a model before and after slicing, bare or with a task's head, plain or wrapped by peft.
+    same for a model before and after slicing, bare or with a task's head, plain or wrapped by peft. Layers are counted
+    as the model has them: where it has lost some, ``plan.restricted(present.layers_kept)`` counts like that too.
 
     Raises
     ------
@@ -102,7 +103,9 @@ def members(model: nn.Module) -> list[Member]:
 
 
 def full_plan(model: nn.Module) -> PruningPlan:
-    """Return the plan that keeps everything the model had before any pruning, as its configuration says.
+    """Return the plan that keeps everything the layers had before any pruning, as the configuration says.
+
+    Layers that were removed before are unknown to the model: the plan has those that are there, numbered from 0.
 
     Raises
     ------
@@ -129,15 +132,17 @@ def kept_indices(member: Member, plan: PruningPlan, present: PruningPlan | None 
         What stays.
     present
         What is there now, and what the result counts in: a plan that covers ``plan``, by default the unpruned model.
+        Both number layers as the member does, see :func:`members`.
 
     Returns
     -------
     Tensor
-        (kept units * width,) int64 on the CPU, ascending.
+        (kept units * width,) int64 on the CPU, ascending; none where the plan removes the layer.
     """
-    units = torch.tensor(plan.kept(member.layer, member.unit))
+    units = torch.tensor(plan.kept(member.layer, member.unit), dtype=torch.int64)
     if present is not None:
-        units = torch.searchsorted(torch.tensor(present.kept(member.layer, member.unit)), units)
+        there = torch.tensor(present.kept(member.layer, member.unit), dtype=torch.int64)
+        units = torch.searchsorted(there, units)
     return (units[:, None] * member.width + torch.arange(member.width)).flatten()
 
 
@@ -158,7 +163,8 @@ def base_linear(module: nn.Module, path: str) -> nn.Linear:
 def unit_params(model: nn.Module) -> list[tuple[int, int]]:
     """Return, for each layer, the parameters of one head unit and of one channel unit, LoRA left out.
 
-    The same before and after slicing: what a unit has does not depend on how many others are there.
+    The same before and after slicing: what a unit has does not depend on how many others are there. Layers are those
+    that the model has, as in :func:`members`.
     """
     base = plain(model)
     counts = [dict.fromkeys(UNITS, 0) for _ in find_blocks(model)[1]]
