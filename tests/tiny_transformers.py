@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ TASKS = {
 
 def make_config(family: str, **changes: Any) -> Any:
     if family == "distilbert":
-        sizes = {"dim": 32, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 24}
+        sizes = {"dim": 32, "n_layers": changes.pop("num_hidden_layers", LAYERS), "n_heads": 4, "hidden_dim": 24}
     else:
         sizes = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 24}
     if family == "opt":
@@ -70,8 +72,15 @@ def draw_plan(model: nn.Module, rng: np.random.Generator, ratio: float | None = 
         stay[rng.integers(len(units))] = True
         return tuple(unit for unit, kept in zip(units, stay, strict=True) if kept)
 
-    layers = tuple(LayerPlan(some(layer.heads), some(layer.channels)) for layer in within.layers)
-    return PruningPlan(within.model_type, within.heads, within.channels, layers)
+    layers = tuple(
+        layer if layer.removed else LayerPlan(some(layer.heads), some(layer.channels)) for layer in within.layers
+    )
+    return replace(within, layers=layers)
+
+
+def without_layers(plan: PruningPlan, gone: Collection[int]) -> PruningPlan:
+    layers = (LayerPlan((), ()) if index in gone else layer for index, layer in enumerate(plan.layers))
+    return replace(plan, layers=tuple(layers))
 
 
 def same_everywhere(model: nn.Module, heads: tuple[int, ...], channels: tuple[int, ...]) -> PruningPlan:

@@ -5,7 +5,7 @@ A multiply-add (MAC) counts once. Linear maps are counted; norms, activations an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -79,6 +79,9 @@ def count_costs(model: nn.Module, plan: PruningPlan) -> Costs:
             linear.bias.numel() if member.axis == 0 and linear.bias is not None else 0
         )
     own = {name: parameter.numel() for name, parameter in base.named_parameters() if not of_adapter(name)}
+    tied: Mapping[str, str] = base.all_tied_weights_keys  # type: ignore[assignment]
+    for name in [name for name, source in tied.items() if name in own and source in own]:
+        del own[name]  # one parameter, except on the meta device
     inside = [
         sum(size for name, size in own.items() if name.startswith(f"{path}.{layer}."))
         for layer in range(len(plan.layers))
