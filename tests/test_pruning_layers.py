@@ -247,7 +247,9 @@ def test_what_is_left_comes_back_from_disk(family: str, even: bool, tmp_path: Pa
     loaded = load_pruned(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     batch = draw_batch(np.random.default_rng(9))
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    torch.testing.assert_close(logits(loaded, batch), logits(model, batch), **CLOSE)
     assert read_plan(tmp_path) == plan
     written = json.loads((tmp_path / "config.json").read_text())
     assert written.get("num_hidden_layers", written.get("n_layers")) == DEPTH - 2
@@ -259,7 +261,7 @@ def test_what_is_left_comes_back_from_disk(family: str, even: bool, tmp_path: Pa
             auto.from_pretrained(tmp_path)
         return
     theirs = auto.from_pretrained(tmp_path)
-    assert torch.equal(logits(theirs, batch), logits(model, batch))
+    torch.testing.assert_close(logits(theirs, batch), logits(model, batch), **CLOSE)
     if task == "causal":
         assert torch.equal(theirs.generate(**batch, **ASKED), model.generate(**batch, **ASKED))
 

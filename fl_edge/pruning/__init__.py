@@ -4,6 +4,7 @@ from fl_edge.pruning.costs import Costs, count_costs, count_lora, sparsity
 from fl_edge.pruning.loading import load_pruned, read_plan
 from fl_edge.pruning.plan import LayerPlan, PruningPlan, Unit
 from fl_edge.pruning.saving import save_pruned
+from fl_edge.pruning.shards import ShardWriter
 from fl_edge.pruning.slicing import prune
 from fl_edge.pruning.units import Member, full_plan, kept_indices, members, plain, unit_params
 
@@ -12,6 +13,7 @@ __all__ = [
     "LayerPlan",
     "Member",
     "PruningPlan",
+    "ShardWriter",
     "Unit",
     "count_costs",
     "count_lora",

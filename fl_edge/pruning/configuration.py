@@ -52,8 +52,8 @@ def written(base: nn.Module, plan: PruningPlan, shapes: Shapes, dtype: Any) -> A
     Where a configuration can say exactly these tensors (layers alike, no bias that the architecture lacks), it does,
     and plain ``from_pretrained`` loads the folder. Elsewhere plain ``from_pretrained`` must stop instead of loading
     something else: the configuration keeps the unpruned widths, and where the tensors have just these, so that only
-    an added bias is at stake, it claims no channels at all. :func:`~fl_edge.pruning.load_pruned` takes widths from the
-    plan.
+    an added bias is at stake, it claims one channel too many. :func:`~fl_edge.pruning.load_pruned` takes widths from
+    the plan.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def written(base: nn.Module, plan: PruningPlan, shapes: Shapes, dtype: Any) -> A
         pass
     there = shapes_of(empty(type(base), unpruned))
     stops = any(there.get(name, shape) != shape for name, shape in shapes.items())
-    return unpruned if stops else resized(unpruned, plan.heads[0], 0)
+    return unpruned if stops else resized(unpruned, plan.heads[0], plan.channels[0] + 1)
 
 
 def shapes_of(model: nn.Module) -> Shapes:
