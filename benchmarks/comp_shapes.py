@@ -44,9 +44,9 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 def make_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
     """Write a checkpoint of random weights, one shard a layer and one for the rest, with never more than one in memory.
 
-    Norms are ones; everything else is normal of standard deviation 0.02. The normal numbers are drawn once and every
-    matrix reads them from an offset of its own, each row with a random sign: matrices are of full rank and differ, but
-    are no independent draws.
+    Norms are ones; everything else is normal of standard deviation 0.02. Normal numbers are drawn once, and every
+    matrix reads them from an offset of its own, round and round: matrices are of full rank and differ, but are no
+    independent draws.
 
     Parameters
     ----------
@@ -64,7 +64,8 @@ def make_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat1
     with init_empty_weights(include_buffers=False):
         model = build(config)
     config.architectures = [type(model).__name__]
-    sizes = {name: tuple(found.shape) for name, found in model.state_dict().items() if name not in _tied(model)}
+    tied = model.all_tied_weights_keys
+    sizes = {name: tuple(found.shape) for name, found in model.state_dict().items() if name not in tied}
     shards = list(_split(sizes))
     pool = (torch.randn(_POOL, generator=torch_rng(seed, "weights", shape)) * SCALE).to(dtype)
     rng = numpy_rng(seed, "offsets", shape)
@@ -78,11 +79,6 @@ def make_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat1
     index = {"metadata": {"total_size": total}, "weight_map": places}
     write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     write_whole(folder / "config.json", config.to_json_string())
-
-
-def _tied(model: Any) -> Mapping[str, str]:
-    tied: Mapping[str, str] = model.all_tied_weights_keys
-    return tied
 
 
 def _split(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
@@ -103,5 +99,4 @@ def _draw(name: str, size: tuple[int, ...], pool: Tensor, rng: np.random.Generat
         piece = pool[start : start + len(flat) - filled]
         flat[filled : filled + len(piece)] = piece
         filled, start = filled + len(piece), 0
-    signs = torch.from_numpy(rng.integers(0, 2, (size[0], *[1] * (len(size) - 1))) * 2 - 1)
-    return drawn.mul_(signs.to(pool.dtype))
+    return drawn

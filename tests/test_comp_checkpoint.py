@@ -113,6 +113,7 @@ def test_one_file_is_read_like_many(tmp_path: Path) -> None:
 
 def test_another_type_than_that_of_the_files(tmp_path: Path) -> None:
     assert_parity(save(tmp_path), draw_tokens(), torch.bfloat16)
+    assert Checkpoint(tmp_path, CPU, torch.bfloat16).skeleton.dtype == torch.bfloat16
 
 
 def test_the_type_is_that_of_most_numbers(tmp_path: Path) -> None:
@@ -194,8 +195,17 @@ def test_what_was_done_to_a_block_does_not_come_back(tmp_path: Path) -> None:
     block.mlp.down_proj.weight = nn.Parameter(block.mlp.down_proj.weight[:, :5], requires_grad=False)
     assert checkpoint.run(0, checkpoint.embed(draw_tokens())).shape == (3, 12, 32)  # a sliced block runs
     checkpoint.release(0)
+    assert checkpoint.skeleton.model.layers[0].mlp.gate_proj.weight.shape == (24, 32)
     again = checkpoint.load(0).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_blocks_may_return_tuples(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save(tmp_path), CPU)
+    block, hidden = checkpoint.load(0), checkpoint.embed(draw_tokens())
+    expected, forward = checkpoint.run(0, hidden), block.forward
+    block.forward = lambda *places, **names: (forward(*places, **names), None)
+    assert torch.equal(checkpoint.run(0, hidden), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -286,6 +296,11 @@ def pickled(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
 
 
+def lead_out(folder: Path) -> None:
+    first_shard(folder).replace(folder.parent / "secret.safetensors")
+    edit_index(folder, '{"weight_map": {"a": "../secret.safetensors"}}')
+
+
 def edit_index(folder: Path, text: str) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
@@ -336,11 +351,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], type[FlEdgeError], str]] = {
         DataError,
         r"index\.json is damaged",
     ),
-    "index leads out of the folder": (
-        lambda at: edit_index(at, '{"weight_map": {"a": "../secret.safetensors"}}'),
-        DataError,
-        r"index\.json names \.\./secret",
-    ),
+    "index leads out of the folder": (lead_out, DataError, r"index\.json names \.\./secret"),
     "a shard is missing": (lambda at: first_shard(at).unlink(), DataError, r"index\.json names model-00001-of"),
     "a shard is cut short": (lambda at: cut(at, -1), DataError, r"model-00001-of-.* is damaged or cut short"),
     "a shard is cut in its header": (lambda at: cut(at, 20), DataError, r"model-00001-of-.* is damaged or cut short"),
@@ -370,13 +381,12 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], type[FlEdgeError], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_one_line_that_names_the_file(fault: str, tmp_path: Path) -> None:
-    break_it, kind, says = FAULTS[fault]
-    save(tmp_path)
-    break_it(tmp_path)
+    (break_it, kind, says), folder = FAULTS[fault], tmp_path / "model"
+    break_it(save(folder))
     with pytest.raises(kind, match=says) as caught:
-        Checkpoint(tmp_path, CPU)
+        Checkpoint(folder, CPU)
     assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 @pytest.mark.parametrize(("family", "task"), [("bert", "masked"), ("roberta", "masked"), ("distilbert", "bare")])
