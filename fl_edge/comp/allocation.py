@@ -1,0 +1,106 @@
+"""How the budget is spread: whole layers first, then a ratio for each layer that stays.
+
+That layers go first, by importance, and that each remaining layer then gets its own ratio, is COMP's. The share of the
+budget that layers take, the layers that may not go and the rule of the ratios are *ours*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from fl_edge.errors import ConfigError
+
+_HALVINGS = 100
+_LEAST_IMPORTANCE = 1e-6  # below rounding of a cosine in float32; keeps a ratio of importances finite
+
+
+def layers_to_remove(ratio: float, share: float, layers: int) -> int:
+    """Return how many layers go: floor(share * ratio * layers)."""
+    return math.floor(share * ratio * layers + 1e-9)
+
+
+def choose_layers(
+    count: int, candidates: Sequence[int], measure: Callable[[tuple[int, ...]], Mapping[int, float]], iterative: bool
+) -> tuple[int, ...]:
+    """Return the layers to remove, the first to go first.
+
+    Parameters
+    ----------
+    count
+        How many.
+    candidates
+        Layers that may go.
+    measure
+        Importance of the layers that are left when some are gone.
+    iterative
+        Measure again after each removal, since similarities move; else all are taken from one measurement.
+
+    Raises
+    ------
+    ConfigError
+        More layers to remove than candidates.
+    """
+    if count > len(candidates):
+        raise ConfigError(
+            f"the ratio asks for {count} whole layers and {len(candidates)} may go; lower ratio, layer_share or the "
+            "number of protected layers"
+        )
+    gone: list[int] = []
+    while len(gone) < count:
+        importance = measure(tuple(gone))
+        ranked = sorted((layer for layer in candidates if layer not in gone), key=lambda layer: importance[layer])
+        gone += ranked[: 1 if iterative else count]
+    return tuple(gone)
+
+
+def layer_ratios(
+    importance: Sequence[float],
+    sizes: Sequence[float],
+    budget: float,
+    alpha: float,
+    largest: float,
+    least: Sequence[float] | None = None,
+) -> list[float]:
+    """Return each layer's pruning ratio: r_l = clip(r (mean I / I_l)^alpha), r such that sum_l r_l size_l = budget.
+
+    Parameters
+    ----------
+    importance
+        I_l of the layers.
+    sizes
+        Parameters that can be pruned in each.
+    budget
+        Parameters to remove in all.
+    alpha
+        How strongly ratios follow importance; 0: the same for all.
+    largest
+        Upper bound of a ratio.
+    least
+        Lower bounds, by default 0.
+
+    Raises
+    ------
+    ConfigError
+        A budget that no ratios within their bounds can meet.
+    """
+    most = largest * sum(sizes)
+    if budget > most * (1 + 1e-9):
+        raise ConfigError(
+            f"the layers that stay would have to lose {budget / sum(sizes):.3f} of their parameters, and may lose "
+            f"{largest}; lower ratio, or raise layer_share or max_layer_ratio"
+        )
+    levels = [max(value, _LEAST_IMPORTANCE) for value in importance]
+    mean = sum(levels) / len(levels)
+    shapes = [(mean / level) ** alpha for level in levels]
+    floors = [0.0] * len(levels) if least is None else list(least)
+
+    def at(rate: float) -> list[float]:
+        return [max(min(rate * shape, largest), floor) for shape, floor in zip(shapes, floors, strict=True)]
+
+    low, high = 0.0, largest / min(shapes)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        spent = sum(r * size for r, size in zip(at(middle), sizes, strict=True))
+        low, high = (middle, high) if spent < budget else (low, middle)
+    return at(high)

@@ -1,0 +1,150 @@
+"""What happens to one dense layer: which units stay, and what their weights become. All choices here *ours*."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fl_edge.comp.config import CompConfig
+from fl_edge.comp.elimination import eliminate
+from fl_edge.comp.scores import conditioning, perturbation, sensitivity
+from fl_edge.comp.statistics import Statistics, relative_error
+from fl_edge.comp.system import Solution, System, mask_system, solve, weight_system
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What happens to the linear map that consumes a layer's heads or channels.
+
+    Attributes
+    ----------
+    kept
+        Units that stay, ascending.
+    mask
+        (s,) factors of the columns that stay; None where whole weights are new.
+    weight
+        (o, s) new weight; None where the mask says it all.
+    bias
+        (o,) new bias; None: as it was.
+    order
+        Units that go, the first to go first.
+    guarded
+        Whether the guard on the mask's variance kept more units than were to stay.
+    variance
+        Of the mask.
+    untuned, tuned
+        Relative error of the output on the calibration text, with the kept columns as they were and as they are now.
+    """
+
+    kept: tuple[int, ...]
+    mask: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    order: tuple[int, ...]
+    guarded: bool
+    variance: float
+    untuned: float
+    tuned: float
+
+    def fold(self, linear: nn.Linear) -> None:
+        """Change the weights of a map whose columns have been sliced: W_S diag(m), or the new ones."""
+        with torch.no_grad():
+            if self.mask is not None:
+                linear.weight.mul_(self.mask.to(linear.weight.device))
+            if self.weight is not None:
+                linear.weight.copy_(self.weight)
+            if self.bias is not None:
+                linear.bias = nn.Parameter(self.bias.to(linear.weight), requires_grad=False)
+
+
+def decide(
+    statistics: Statistics, weight: Tensor, bias: Tensor | None, quota: int, width: int, config: CompConfig
+) -> Decision:
+    """Choose the units that go and tune what stays.
+
+    Layers with more neurons than ``config.block`` are taken block by block, each with its part of the quota and with
+    the others as they are by then; neurons are dealt to the blocks in the order of their sensitivity.
+
+    Parameters
+    ----------
+    statistics
+        Of what enters the map and of the output that is wanted.
+    weight, bias
+        (o, n) and (o,), or None, of the map.
+    quota
+        Units to remove, fewer than there are.
+    width
+        Neurons of a unit.
+
+    Raises
+    ------
+    DataError
+        Statistics that no solution fits.
+    """
+    if bias is not None:
+        statistics = statistics.without_bias(bias)
+    fitted = statistics.centred() if config.bias else statistics
+    whole = config.restore == "weights"
+    system_of = weight_system if whole else mask_system
+    original = weight.to(statistics.gram.device, torch.float64)
+    values = original.T.clone() if whole else torch.ones_like(original[:1].T)
+    order: list[tuple[float, int]] = []
+    guarded, left = False, quota
+    blocks = _blocks(fitted, original, width, config.block)
+    for number, units in enumerate(blocks):
+        block = _neurons(units, width)
+        system = system_of(fitted, original, config.damping, block, values)
+        asked = round(left / (len(blocks) - number))
+        score = partial(_score, config, system, original[:, block], width)
+        found = eliminate(system, solve(system), score, asked, width, config.steps, config.max_variance)
+        values[block] = 0
+        values[block[found.solution.kept]] = found.solution.values if config.restore != "none" else 1.0
+        left -= len(found.order)
+        guarded |= found.guarded
+        order += [(place / len(units), int(units[unit])) for place, unit in enumerate(found.order)]
+    gone = {unit for _, unit in order}
+    kept = tuple(unit for unit in range(original.shape[1] // width) if unit not in gone)
+    stay = _neurons(torch.tensor(kept, device=original.device), width)
+    bare = torch.zeros_like(original)
+    bare[:, stay] = original[:, stay]
+    tuned = values.T if whole else original * values.T
+    added = (statistics.targets - tuned.to(statistics.inputs) @ statistics.inputs) / statistics.tokens
+    mask = (values * original.T).sum(1) / original.square().sum(0).clamp_min(1e-300) if whole else values[:, 0]
+    return Decision(
+        kept=kept,
+        mask=None if whole else values[stay, 0],
+        weight=values[stay].T.contiguous() if whole else None,
+        bias=None if not config.bias else added if bias is None else bias.to(added) + added,
+        order=tuple(unit for _, unit in sorted(order)),
+        guarded=guarded,
+        variance=float(mask[stay].var(correction=0)),
+        untuned=relative_error(statistics, bare),
+        tuned=relative_error(statistics, tuned, added if config.bias else None),
+    )
+
+
+def _score(config: CompConfig, system: System, weight: Tensor, width: int, solution: Solution) -> Tensor:
+    if config.score == "sensitivity":
+        return sensitivity(system, solution, width)
+    if config.score == "conditioning":
+        return conditioning(solution, width)
+    return perturbation(system, solution, weight, width)
+
+
+def _blocks(statistics: Statistics, weight: Tensor, width: int, most: int) -> list[Tensor]:
+    """Deal the units of a layer to blocks of at most ``most`` neurons, so that each has as many that matter little."""
+    units = weight.shape[1] // width
+    count = -(-units // max(most // width, 1))
+    if count == 1:
+        return [torch.arange(units, device=weight.device)]
+    matters = statistics.gram.diagonal().double() * weight.square().sum(0)
+    ranked = matters.view(units, width).sum(1).argsort()
+    return [ranked[first::count].sort().values for first in range(count)]
+
+
+def _neurons(units: Tensor, width: int) -> Tensor:
+    """Return the neurons of some units."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

@@ -1,0 +1,135 @@
+"""What is settled before the first layer is pruned: which layers go, and what each of the others has to lose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fl_edge.comp.allocation import choose_layers, layer_ratios, layers_to_remove
+from fl_edge.comp.config import CompConfig
+from fl_edge.comp.decision import Decision
+from fl_edge.comp.similarity import Similarity
+from fl_edge.comp.statistics import Statistics
+from fl_edge.comp.survey import NONE, Loss
+from fl_edge.comp.workbench import Workbench
+from fl_edge.pruning import Unit, unit_params
+from fl_edge.pruning.plan import UNITS
+
+
+class Source(Protocol):
+    """Who measures. Every answer is a sum over tokens."""
+
+    def similarities(self, removed: tuple[int, ...]) -> Mapping[int, Similarity]:
+        """Return the similarity of every layer's input and output in the model without some layers."""
+
+    def losses(self, removed: tuple[int, ...], candidates: tuple[int, ...]) -> Mapping[int, Loss]:
+        """Return what :func:`fl_edge.comp.survey.skipped_losses` does."""
+
+    def begin(self) -> None:
+        """Stand in front of the first layer."""
+
+    def skip(self, layer: int, growth: float) -> None:
+        """Pass a layer that is removed; it is loaded."""
+
+    def statistics(self, layer: int, unit: Unit) -> Statistics:
+        """Return the statistics of the map that units flow into; the layer is loaded."""
+
+    def decided(self, layer: int, unit: Unit, decision: Decision) -> None:
+        """Learn of a decision, which the loaded layer has taken in; after that on channels, pass the layer."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return what is needed to go on in front of the next layer."""
+
+    def restore(self, tensors: Mapping[str, Tensor], scale: float) -> None:
+        """Stand where a snapshot was taken; ``scale`` is that of the course's progress there."""
+
+
+@dataclass
+class Outline:
+    """What is known before the first layer is pruned.
+
+    Attributes
+    ----------
+    removed
+        Layers that go, the first to go first.
+    importance
+        Of the layers that stay, in the model without the removed ones where that was measured.
+    growth
+        For each removed layer, by what factor what follows is to be scaled down.
+    ratios
+        For each layer that stays.
+    budget
+        Parameters to remove from the layers that stay.
+    """
+
+    removed: tuple[int, ...]
+    importance: dict[int, float]
+    growth: dict[int, float]
+    ratios: dict[int, float]
+    budget: float
+
+
+class Sizes:
+    """Parameters of units and layers of an unpruned model."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.full = bench.full
+        self.units = [dict(zip(UNITS, each, strict=True)) for each in unit_params(bench.checkpoint.skeleton)]
+
+    def layer(self, layer: int, units: tuple[Unit, ...] = UNITS) -> int:
+        """Return the parameters of a layer that can be pruned."""
+        return sum(self.full.total(layer, unit) * self.units[layer][unit] for unit in units)
+
+    @property
+    def total(self) -> int:
+        """Parameters of all layers that can be pruned."""
+        return sum(self.layer(layer) for layer in range(len(self.full.layers)))
+
+
+def draw_outline(config: CompConfig, sizes: Sizes, source: Source) -> Outline:
+    """Measure the layers, choose those that go, and share the rest of the budget out.
+
+    Raises
+    ------
+    ConfigError
+        A ratio that no plan can meet.
+    """
+    count = len(sizes.full.layers)
+    candidates = tuple(range(config.protect_first, count - config.protect_last))
+    grown: dict[int, float] = {}
+
+    def measure(removed: tuple[int, ...]) -> dict[int, float]:
+        if config.layer_rule == "loss":
+            left = tuple(layer for layer in range(count) if layer not in removed)
+            losses = source.losses(removed, left)
+            return {layer: losses[layer].mean - losses[NONE].mean for layer in left}
+        similar = source.similarities(removed)
+        grown.update((layer, each.growth) for layer, each in similar.items())
+        return {layer: each.importance(config.similarity) for layer, each in similar.items()}
+
+    removed = choose_layers(
+        layers_to_remove(config.ratio, config.layer_share, count), candidates, measure, config.iterative_layers
+    )
+    importance = measure(removed)
+    if config.repair and removed and config.layer_rule == "loss":
+        grown.update((layer, each.growth) for layer, each in source.similarities(()).items())
+    kept = [layer for layer in range(count) if layer not in removed]
+    units: tuple[Unit, ...] = UNITS if config.prune_attention else ("channels",)
+    budget = config.ratio * sizes.total - sum(map(sizes.layer, removed))
+    ratios = layer_ratios(
+        [importance[layer] for layer in kept],
+        [sizes.layer(layer, units) for layer in kept],
+        budget,
+        config.alpha,
+        config.max_layer_ratio,
+    )
+    return Outline(
+        removed,
+        {layer: importance[layer] for layer in kept},
+        {layer: grown[layer] if config.repair else 1.0 for layer in removed},
+        dict(zip(kept, ratios, strict=True)),
+        budget,
+    )

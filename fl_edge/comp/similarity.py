@@ -1,0 +1,77 @@
+"""How much a decoder layer matters: how far its output's direction is from its input's.
+
+That layers are judged by the cosine similarity of what enters and what leaves them, and that the most similar go first,
+is COMP's; the mean form is ShortGPT's block influence (Men et al. 2024). That the first positions are left out is
+*ours*: the attention sink there has a huge norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_SINK = 1  # positions at the start of a sequence that are left out
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Sums over tokens that say how similar a layer's input and output are; those of two texts add up.
+
+    Attributes
+    ----------
+    tokens
+        Number of tokens.
+    cosines
+        Sum of the tokens' cosine similarities.
+    products
+        Sum of the inner products of input and output.
+    before, after
+        ||X||_F^2 of input and of output.
+    """
+
+    tokens: int
+    cosines: float
+    products: float
+    before: float
+    after: float
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> Similarity:
+        """Return the sums of some sequences; hidden states (s, n, d) that enter and leave a layer."""
+        x, y = before[:, _SINK:].float(), after[:, _SINK:].float()
+        return cls(
+            x.shape[0] * x.shape[1],
+            *(
+                float(part.sum(dtype=torch.float64))
+                for part in (functional.cosine_similarity(x, y, dim=-1), x * y, x.square(), y.square())
+            ),
+        )
+
+    def __add__(self, other: Similarity) -> Similarity:
+        """Return the sums of both texts."""
+        return Similarity(
+            self.tokens + other.tokens,
+            self.cosines + other.cosines,
+            self.products + other.products,
+            self.before + other.before,
+            self.after + other.after,
+        )
+
+    def importance(self, reading: str) -> float:
+        """Return I_l, 0 where the layer changes no direction.
+
+        ``mean``: 1 - mean_t cos(x_t, y_t). ``ratio``: 1 - |sum_t <x_t, y_t>| / (||X||_F ||Y||_F), the other way to read
+        the notes on COMP's formula.
+        """
+        if reading == "mean":
+            return 1 - self.cosines / max(self.tokens, 1)
+        norm: float = (self.before * self.after) ** 0.5
+        return 1 - abs(self.products) / norm if norm else 0.0
+
+    @property
+    def growth(self) -> float:
+        """By what factor the layer lengthens the hidden states, root mean square."""
+        return float((self.after / self.before) ** 0.5) if self.before and self.after else 1.0

@@ -1,0 +1,137 @@
+"""The least-squares system behind a dense layer, and how its solution changes when unknowns are removed.
+
+Masks and weights are the same problem. With Y = X W^T, w_i column i of W:
+
+- a mask m (COMP's mask tuning): minimise ||Y* - X diag(m) W^T||^2 + lambda ||m - 1||^2. With A = (X^T X) o (W^T W) and
+  b_i = <(X^T Y*)_i, w_i> that is (A + lambda I) m = b + lambda 1, one column of unknowns.
+- whole weights V: minimise ||Y* - X V||^2 + lambda ||V - W^T||^2, (X^T X + lambda I) V = X^T Y* + lambda W^T, as many
+  columns of unknowns as the layer has outputs.
+
+That the mask makes the pruned output as close as possible to the original one is COMP's; the systems and the damping
+are *ours*, the first after Kwon et al. 2022 ("A fast post-training pruning framework for transformers").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fl_edge.comp.statistics import Statistics
+from fl_edge.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """(matrix + damping I) solution = right + damping prior, n unknowns in k columns, float64.
+
+    Attributes
+    ----------
+    matrix
+        (n, n) symmetric, positive semidefinite.
+    right, prior
+        (n, k).
+    damping
+        lambda, pulls the solution to the prior.
+    """
+
+    matrix: Tensor
+    right: Tensor
+    prior: Tensor
+    damping: float
+
+
+def mask_system(statistics: Statistics, weight: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
+    """Return the system of a layer's mask, or of a block of it.
+
+    Parameters
+    ----------
+    statistics, weight
+        Of the layer; ``weight`` (o, n).
+    damping
+        As a part of the mean diagonal of the matrix.
+    block
+        (b,) int64, the neurons to solve for.
+    current
+        (n, 1) the mask as it is, which stays outside the block.
+    """
+    w = weight.to(statistics.gram.device, torch.float64)
+    rows = statistics.gram[block].double() * (w[:, block].T @ w)
+    right = (statistics.cross[block].double() * w[:, block].T).sum(1, keepdim=True)
+    return _system(rows, right, torch.ones_like(right), damping, block, current)
+
+
+def weight_system(statistics: Statistics, weight: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
+    """Return the system of a layer's weights; ``current`` (n, o), otherwise as :func:`mask_system`."""
+    rows = statistics.gram[block].double()
+    prior = weight[:, block].T.to(rows)
+    return _system(rows, statistics.cross[block].double(), prior, damping, block, current)
+
+
+def _system(rows: Tensor, right: Tensor, prior: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
+    """Cut a block out of a system: what the neurons outside it contribute is known, and goes to the right side."""
+    if len(block) < len(current):
+        outside = current.index_fill(0, block, 0)
+        right = right - rows @ outside
+    matrix = rows[:, block]
+    return System(matrix, right, prior, damping * float(matrix.diagonal().mean()))
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The solution of a system for the unknowns that are left.
+
+    Attributes
+    ----------
+    kept
+        (s,) int64, numbers of the unknowns that are left, ascending.
+    values
+        (s, k).
+    inverse
+        (s, s) of the damped matrix on the kept unknowns.
+    """
+
+    kept: Tensor
+    values: Tensor
+    inverse: Tensor
+
+    def without(self, removed: Tensor) -> Solution:
+        """Return the solution when more unknowns are zero.
+
+        By the Schur complement, so that all steps of an elimination cost about as much as one factorisation.
+
+        Parameters
+        ----------
+        removed
+            (r,) int64, positions in ``kept``.
+        """
+        stays = torch.ones(len(self.kept), dtype=torch.bool, device=self.kept.device)
+        stays[removed] = False
+        factor = torch.linalg.cholesky(self.inverse[removed][:, removed])
+        across = self.inverse[stays][:, removed]
+        pulled = torch.cholesky_solve(across.T, factor)  # (r, s - r)
+        return Solution(
+            self.kept[stays],
+            self.values[stays] - pulled.T @ self.values[removed],
+            self.inverse[stays][:, stays] - across @ pulled,
+        )
+
+
+def solve(system: System) -> Solution:
+    """Return the solution with every unknown left.
+
+    Raises
+    ------
+    DataError
+        Statistics that are not finite, or a system without a solution.
+    """
+    damped = system.matrix.clone()
+    damped.diagonal().add_(system.damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) or not bool(torch.isfinite(factor).all()) or not bool(torch.isfinite(system.right).all()):
+        raise DataError(
+            "the statistics of a layer have no solution: activations are zero or not finite, or damping is too small"
+        )
+    values = torch.cholesky_solve(system.right + system.damping * system.prior, factor)
+    return Solution(torch.arange(len(damped), device=damped.device), values, torch.cholesky_inverse(factor))

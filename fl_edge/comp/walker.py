@@ -1,0 +1,134 @@
+"""A text on its way through the dense model and through the pruned one, layer by layer.
+
+Hidden states of the whole text are kept (twice), weights of one layer. What is measured on the way are sums over tokens
+(:class:`~fl_edge.comp.statistics.Statistics`), so that several texts, on one device or on many, add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl_edge.comp.statistics import Statistics
+from fl_edge.comp.survey import chunks
+from fl_edge.comp.workbench import Workbench
+from fl_edge.pruning import Unit
+from fl_edge.pruning.plan import UNITS
+
+
+class Walker:
+    """One text's hidden states in front of the layer at hand.
+
+    Parameters
+    ----------
+    bench
+        Whose layer is loaded when something is measured.
+    tokens
+        (s, n) int64: sequences of full length.
+
+    Attributes
+    ----------
+    dense, pruned
+        (s, n, d) what enters the layer in the dense and in the pruned model; the latter is to be multiplied by
+        ``scale`` to compare.
+    """
+
+    def __init__(self, bench: Workbench, tokens: Tensor) -> None:
+        self.bench, self.tokens = bench, tokens
+        self.scale = 1.0
+        self.dense = self.pruned = torch.empty(0)
+        self._wanted: dict[Unit, Tensor] = {}
+
+    def begin(self) -> None:
+        """Stand in front of the first layer."""
+        self.dense = self.bench.checkpoint.embed(self.tokens)
+        self.pruned = self.dense.clone()
+        self.scale = 1.0
+
+    def measure(self, layer: int, unit: Unit, target: str) -> Statistics:
+        """Return the statistics of the map that a loaded layer's units flow into.
+
+        To be asked for the heads, while the layer is whole, then, when they have been decided on, for the channels.
+
+        Parameters
+        ----------
+        target
+            ``own``: the map's output on the same input. ``dense``: its output in the dense model. ``stream``: what
+            takes the pruned hidden states to the dense ones, errors of earlier layers included.
+        """
+        if unit == "heads":
+            self._advance_dense(layer, target)
+        total: Statistics | None = None
+        for rows in chunks(self.tokens):
+            entering = self.pruned[rows]
+            with watched(self.bench.consumer(layer, unit)) as seen:
+                leaving = self.bench.checkpoint.run(layer, entering)
+            if target == "own":
+                wanted = seen.outputs
+            else:
+                wanted = self._wanted[unit][rows] / self.scale
+                if target == "stream":
+                    wanted = wanted - (entering if unit == "heads" else leaving - seen.outputs)
+            part = Statistics.of(seen.inputs.flatten(0, 1), wanted.flatten(0, 1))
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def advance(self, layer: int) -> None:
+        """Take the pruned states through the loaded layer, which has been decided on."""
+        for rows in chunks(self.tokens):
+            self.pruned[rows] = self.bench.checkpoint.run(layer, self.pruned[rows])
+        self._wanted = {}
+
+    def skip(self, layer: int, growth: float) -> None:
+        """Take the dense states through a loaded layer that the pruned model does not have.
+
+        Parameters
+        ----------
+        growth
+            By what factor the layer lengthens the hidden states, where that is made up for, else 1.
+        """
+        self._advance_dense(layer, "own")
+        self.scale *= growth
+
+    def _advance_dense(self, layer: int, target: str) -> None:
+        """Take the dense states through a loaded layer, which is whole; keep what will be wanted of the pruned one."""
+        if target != "own":
+            self._wanted = {unit: torch.empty_like(self.dense) for unit in UNITS}
+        for rows in chunks(self.tokens):
+            entering = self.dense[rows]
+            consumers = (self.bench.consumer(layer, unit) for unit in UNITS)
+            with watched(next(consumers)) as heads, watched(next(consumers)) as channels:
+                leaving = self.bench.checkpoint.run(layer, entering)
+            if target == "dense":
+                self._wanted["heads"][rows], self._wanted["channels"][rows] = heads.outputs, channels.outputs
+            elif target == "stream":
+                self._wanted["heads"][rows], self._wanted["channels"][rows] = entering + heads.outputs, leaving
+            self.dense[rows] = leaving
+
+
+@dataclass
+class Seen:
+    """What went into a linear map and came out of it, (s, n, features)."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+@contextmanager
+def watched(linear: nn.Linear) -> Iterator[Seen]:
+    """Keep what goes through a map while this lasts."""
+    seen = Seen(torch.empty(0), torch.empty(0))
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        seen.inputs, seen.outputs = inputs[0], outputs
+
+    handle = linear.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
