@@ -438,6 +438,8 @@ def test_made_checkpoints_are_what_transformers_reads(dtype: torch.dtype, tmp_pa
             assert 0.015 < float(parameter.detach().float().std()) < 0.025
         else:
             assert torch.equal(parameter, torch.ones_like(parameter))
+    maps = [layer.mlp.up_proj.weight for layer in model.model.layers]
+    assert not any(torch.equal(maps[0], other) for other in maps[1:])
     assert_parity(tmp_path / "one", draw_tokens())
 
 
