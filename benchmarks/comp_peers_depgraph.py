@@ -96,12 +96,13 @@ class DepGraph:
     def _step(self, model: Any, ratios: Mapping[Any, float], **heads: Any) -> None:
         import torch_pruning as tp
 
+        ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
         magnitude = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the norms' weights follow the hidden width
             pruner = tp.pruner.BasePruner(
                 model,
-                example_inputs=torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device),
+                example_inputs={"input_ids": ids, "use_cache": False},  # with a cache the search does not end
                 importance=magnitude if self.importance == "magnitude" else tp.importance.GroupTaylorImportance(),
                 global_pruning=self.across_layers,
                 output_transform=lambda output: output.logits,
