@@ -20,8 +20,8 @@ from tests.tiny_fedspine import draw_factors
 from tests.tiny_transformers import FAMILIES, draw_batch, draw_plan, make_model
 
 SEEDS = st.integers(0, 2**32 - 1)
-COLUMN_SIDE = ("attention.output.dense", ".output.dense", "out_lin", "lin2", "o_proj", "down_proj")
-CHANNEL_SIDE = ("intermediate.dense", "lin1", "lin2", "gate_proj", "up_proj", "down_proj")
+COLUMN_SIDE = ("attention.output.dense", ".output.dense", "out_lin", "lin2", "o_proj", "down_proj", "out_proj", "fc2")
+CHANNEL_SIDE = ("intermediate.dense", "lin1", "lin2", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 
 def dense_saliency(weight: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float) -> Tensor:
