@@ -92,18 +92,16 @@ def decide(
     original = weight.to(statistics.gram.device, torch.float64)
     values = original.T.clone() if whole else torch.ones_like(original[:1].T)
     order: list[tuple[float, int]] = []
-    guarded, left = False, quota
-    blocks = _blocks(fitted, original, width, config.block)
-    for number, units in enumerate(blocks):
+    left, rest = quota, original.shape[1] // width
+    for units in _blocks(fitted, original, width, config.block):
         block = _neurons(units, width)
         system = system_of(fitted, original, config.damping, block, values)
-        asked = round(left / (len(blocks) - number))
-        score = partial(_score, config, system, original[:, block], width)
+        asked = min(round(left * len(units) / rest), len(units))  # after a guard more may be left than there are
+        score = partial(_score, config, system, fitted.gram.diagonal()[block], original[:, block], width)
         found = eliminate(system, solve(system), score, asked, width, config.steps, config.max_variance)
         values[block] = 0
         values[block[found.solution.kept]] = found.solution.values if config.restore != "none" else 1.0
-        left -= len(found.order)
-        guarded |= found.guarded
+        left, rest = left - len(found.order), rest - len(units)
         order += [(place / len(units), int(units[unit])) for place, unit in enumerate(found.order)]
     gone = {unit for _, unit in order}
     kept = tuple(unit for unit in range(original.shape[1] // width) if unit not in gone)
@@ -119,19 +117,21 @@ def decide(
         weight=values[stay].T.contiguous() if whole else None,
         bias=None if not config.bias else added if bias is None else bias.to(added) + added,
         order=tuple(unit for _, unit in sorted(order)),
-        guarded=guarded,
+        guarded=left > 0,
         variance=float(mask[stay].var(correction=0)),
         untuned=relative_error(statistics, bare),
         tuned=relative_error(statistics, tuned, added if config.bias else None),
     )
 
 
-def _score(config: CompConfig, system: System, weight: Tensor, width: int, solution: Solution) -> Tensor:
+def _score(
+    config: CompConfig, system: System, energies: Tensor, weight: Tensor, width: int, solution: Solution
+) -> Tensor:
     if config.score == "sensitivity":
         return sensitivity(system, solution, width)
     if config.score == "conditioning":
         return conditioning(solution, width)
-    return perturbation(system, solution, weight, width)
+    return perturbation(energies, solution, weight, width)
 
 
 def _blocks(statistics: Statistics, weight: Tensor, width: int, most: int) -> list[Tensor]:

@@ -65,7 +65,7 @@ def eliminate(
     size = largest = -(-quota // steps)
     while len(order) < quota:
         size = min(size, quota - len(order))
-        least = torch.topk(score(solution), size, largest=False).indices.sort().values
+        least = torch.topk(score(solution), size, largest=False).indices  # ascending by score
         neurons = (least[:, None] * width + torch.arange(width, device=least.device)).flatten()
         tuned = solution.without(neurons)
         if variance(system, tuned) <= max_variance:

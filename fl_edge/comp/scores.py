@@ -51,28 +51,34 @@ def conditioning(solution: Solution, width: int) -> Tensor:
     return found
 
 
-def perturbation(system: System, solution: Solution, weight: Tensor, width: int) -> Tensor:
+def perturbation(energies: Tensor, solution: Solution, weight: Tensor, width: int) -> Tensor:
     """Return score C: kappa(W without the group) ||X_D|| / ||X||, from ||dY|| / ||Y|| <= kappa(W) ||dX|| / ||X||.
 
     Costly: one singular value decomposition a group.
 
     Parameters
     ----------
-    system
-        Of the layer's mask.
+    energies
+        (n,) ||x_i||^2.
     solution, width
         As for :func:`sensitivity`.
     weight
         (o, n).
     """
-    left = weight.to(system.matrix)[:, solution.kept]
-    norms = left.square().sum(0)
-    inputs = system.matrix.diagonal()[solution.kept] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    inputs, left = energies.to(solution.values)[solution.kept], weight.to(solution.values)[:, solution.kept]
     shares = (inputs.view(-1, width).sum(1) / inputs.sum()).sqrt()
     found = []
     for group in range(len(shares)):
         stays = torch.ones(len(solution.kept), dtype=torch.bool, device=left.device)
         stays[group * width : (group + 1) * width] = False
-        values = torch.linalg.svdvals(left[:, stays])
-        found.append(values[0] / values[-1].clamp_min(torch.finfo(values.dtype).eps * values[0]))
+        found.append(_condition(left[:, stays]))
     return torch.stack(found) * shares
+
+
+def _condition(matrix: Tensor) -> Tensor:
+    """Return the condition number, at most that which rounding hides; 1 of a matrix without columns."""
+    values = torch.linalg.svdvals(matrix)
+    if not len(values):
+        return matrix.new_ones(())
+    found: Tensor = values[0] / values[-1].clamp_min(torch.finfo(values.dtype).eps * values[0])
+    return found
