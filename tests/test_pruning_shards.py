@@ -382,6 +382,54 @@ def test_a_bias_that_pruning_added_stays_and_is_never_lost_in_silence(
     same_model(load_pruned(tmp_path), loaded)
 
 
+def test_a_journal_that_outlived_its_model_is_ignored(tmp_path: Path) -> None:
+    model = deep()
+    plan = sliced(model)
+    writer = ShardWriter(tmp_path)
+    for name, tensors in pieces(model):
+        writer.write(name, tensors)
+    journal = (tmp_path / ".shards.json").read_bytes()
+    writer.finish(skeleton(model, plan), plan)
+    (tmp_path / ".shards.json").write_bytes(journal)  # killed between the plan and the end
+    assert not ShardWriter(tmp_path).has("layer-0")
+    same_model(load_pruned(tmp_path), model)
+    ShardWriter(tmp_path).write("new", {"a": torch.zeros(1)})
+    assert ShardWriter(tmp_path).has("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"model-new.safetensors", ".shards.json"}
+
+
+def test_an_index_that_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> None:
+    model = deep()
+    out = tmp_path / "out"
+    write_all(out, model, sliced(model))
+    (tmp_path / "mine").write_text("")
+    index = out / "model.safetensors.index.json"
+    for names in ({"a": "../mine", "b": str(tmp_path / "mine"), "c": 3}, 3):
+        index.write_text(json.dumps({"weight_map": names}))
+        whole = deep()
+        save_pruned(whole, full_plan(whole), out)
+        assert (tmp_path / "mine").exists()
+        same_model(load_pruned(out), whole)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    import resource
+
+    writer = ShardWriter(tmp_path)
+    writer.write("one", {"a": torch.zeros(10)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the same errors, from the same calls
+    try:
+        with pytest.raises(RunFolderError, match=r"^cannot write [^\n]*File too large[^\n]*$"):
+            writer.write("two", {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ShardWriter(tmp_path).has("one")
+    assert not ShardWriter(tmp_path).has("two")
+    assert {path.name for path in tmp_path.iterdir()} == {"model-one.safetensors", ".shards.json"}
+
+
 def test_a_bias_that_no_output_map_can_have_is_refused(tmp_path: Path) -> None:
     model = deep("mistral")
     add_biases(model, "model.layers.0.mlp.up_proj")
