@@ -409,6 +409,7 @@ def test_an_index_that_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> 
         whole = deep()
         save_pruned(whole, full_plan(whole), out)
         assert (tmp_path / "mine").exists()
+        assert not index.exists()
         same_model(load_pruned(out), whole)
 
 
