@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fl_edge.errors import DataError
 from fl_edge.pruning.units import find_blocks
 
 LOGITS_BYTES = 2**26
+_PIECE_BYTES = 2**25
 _BYTES_A_LOGIT = 10  # as the head gives it, in float32, and its log-softmax
 
 
@@ -80,6 +82,20 @@ class Checkpoint:
     def bytes_read(self) -> int:
         """Bytes of tensors read so far, as they are in the files."""
         return self._shards.bytes_read
+
+    @property
+    def outside(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters outside the decoder layers, by name; of tied ones, one."""
+        shapes = {name: self._shards.tensors[stored].shape for name, stored in self._stored.items()}
+        names = shapes.keys() - self.skeleton.all_tied_weights_keys.keys()
+        return {name: shapes[name] for name in sorted(names) if not name.startswith(f"{self._path}.")}
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield a parameter in pieces of rows, so that a large embedding is never in memory as a whole."""
+        rows, *rest = self._shards.tensors[self._stored[name]].shape
+        step = max(1, _PIECE_BYTES // (prod(rest) * self.dtype.itemsize))
+        for start in range(0, rows, step):
+            yield self._shards.read(self._stored[name], self.device, self.dtype, slice(start, start + step))
 
     def load(self, layer: int) -> nn.Module:
         """Read a decoder layer and return it, frozen; it stands in the skeleton until :meth:`release`.

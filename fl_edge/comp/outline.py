@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from fl_edge.comp.survey import NONE, Loss
 from fl_edge.comp.workbench import Workbench
 from fl_edge.pruning import Unit, unit_params
 from fl_edge.pruning.plan import UNITS
+
+_OF_LAYERS = ("importance", "growth", "ratios")
 
 
 class Source(Protocol):
@@ -70,6 +72,16 @@ class Outline:
     growth: dict[int, float]
     ratios: dict[int, float]
     budget: float
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain values; JSON turns the layers' numbers into text, which :meth:`from_record` knows."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Outline:
+        """Return the outline of a record made by :meth:`to_record`."""
+        of_layers = {key: {int(layer): each for layer, each in record[key].items()} for key in _OF_LAYERS}
+        return cls(removed=tuple(record["removed"]), budget=record["budget"], **of_layers)
 
 
 class Sizes:

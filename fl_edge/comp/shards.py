@@ -75,7 +75,7 @@ class Shards:
                 sizes[stored.dtype] += torch.Size(stored.shape).numel()
         return sizes.most_common(1)[0][0] if sizes else torch.float32
 
-    def read(self, name: str, device: torch.device, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+    def read(self, name: str, device: torch.device, dtype: torch.dtype, rows: Tensor | slice | None = None) -> Tensor:
         """Return a copy of a tensor, or of the given rows of it.
 
         Parameters
@@ -85,7 +85,7 @@ class Shards:
         device, dtype
             What the copy shall be.
         rows
-            (r,) int64; nothing else of the tensor is read then.
+            (r,) int64, or a range; nothing else of the tensor is read then.
 
         Raises
         ------
@@ -99,7 +99,8 @@ class Shards:
                     found = file.get_tensor(name)
                 else:
                     table = file.get_slice(name)
-                    found = torch.cat([table[row : row + 1] for row in rows.tolist()])
+                    ranges = [rows] if isinstance(rows, slice) else [slice(row, row + 1) for row in rows.tolist()]
+                    found = torch.cat([table[each] for each in ranges])
                 self.bytes_read += found.nbytes
                 copied: Tensor = found.to(device, dtype, copy=True)
                 return copied

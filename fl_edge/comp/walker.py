@@ -65,7 +65,7 @@ class Walker:
         total: Statistics | None = None
         for rows in chunks(self.tokens):
             entering = self.pruned[rows]
-            with watched(self.bench.consumer(layer, unit)) as seen:
+            with watched(self.bench.consumer(layer, unit), entering) as seen:
                 leaving = self.bench.checkpoint.run(layer, entering)
             if target == "own":
                 wanted = seen.outputs
@@ -102,7 +102,7 @@ class Walker:
         for rows in chunks(self.tokens):
             entering = self.dense[rows]
             consumers = (self.bench.consumer(layer, unit) for unit in UNITS)
-            with watched(next(consumers)) as heads, watched(next(consumers)) as channels:
+            with watched(next(consumers), entering) as heads, watched(next(consumers), entering) as channels:
                 leaving = self.bench.checkpoint.run(layer, entering)
             if target == "dense":
                 self._wanted["heads"][rows], self._wanted["channels"][rows] = heads.outputs, channels.outputs
@@ -120,12 +120,12 @@ class Seen:
 
 
 @contextmanager
-def watched(linear: nn.Linear) -> Iterator[Seen]:
-    """Keep what goes through a map while this lasts."""
+def watched(linear: nn.Linear, hidden: Tensor) -> Iterator[Seen]:
+    """Keep what goes through a map while hidden states (s, n, d) pass its layer, which may flatten them (OPT does)."""
     seen = Seen(torch.empty(0), torch.empty(0))
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        seen.inputs, seen.outputs = inputs[0], outputs
+        seen.inputs, seen.outputs = (each.view(*hidden.shape[:2], -1) for each in (inputs[0], outputs))
 
     handle = linear.register_forward_hook(keep)
     try:

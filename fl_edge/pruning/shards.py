@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ from fl_edge.errors import ConfigError, DataError, RunFolderError
 from fl_edge.files import write_whole
 from fl_edge.pruning.configuration import written
 from fl_edge.pruning.loading import first_unlike, give_biases
+from fl_edge.pruning.pieces import Layout, write_pieces
 from fl_edge.pruning.plan import PruningPlan
 from fl_edge.pruning.saving import (
     CONFIG,
@@ -108,6 +109,23 @@ class ShardWriter:
         RunFolderError
             The disk is full or read-only; the shards that stood there are still whole.
         """
+        held = {key: value.detach().contiguous() for key, value in tensors.items()}
+        layout = {key: (value.dtype, tuple(value.shape)) for key, value in held.items()}
+        self._write(name, layout, lambda file: write_tensors(file, held))
+
+    def write_pieces(self, name: str, layout: Layout, pieces: Callable[[str], Iterable[Tensor]]) -> None:
+        """Write a shard as :meth:`write` does, from pieces of its tensors, which are never in memory as a whole.
+
+        Parameters
+        ----------
+        layout
+            Dtype and shape of each tensor, by names as for :meth:`write`.
+        pieces
+            Gives the numbers of a tensor in order, in pieces of any size.
+        """
+        self._write(name, layout, lambda file: write_pieces(file, layout, pieces))
+
+    def _write(self, name: str, layout: Layout, put: Callable[[Path], None]) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise ConfigError(f"a shard cannot be named {name!r}; allowed are letters, digits and . _ -")
         self._whole.discard(name)
@@ -117,15 +135,29 @@ class ShardWriter:
                 self._begun = True
             for file in (PLAN, CONFIG):  # of a finish that was cut short
                 (self.folder / file).unlink(missing_ok=True)
-            write_tensors(self._file(name), {key: value.detach().contiguous() for key, value in tensors.items()})
+            put(self._file(name))
             shard = _Shard(
                 sha256_of(self._file(name)),
-                {key: (_short(value.dtype), tuple(value.shape)) for key, value in tensors.items()},
+                {key: (_short(dtype), tuple(shape)) for key, (dtype, shape) in layout.items()},
             )
             shards = {**self._shards, name: shard}
             write_whole(self.folder / JOURNAL, json.dumps({key: asdict(each) for key, each in shards.items()}))
         self._shards = shards
         self._whole.add(name)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all the shards so far."""
+        return sum(prod(shape) for shard in self._shards.values() for _, shape in shard.tensors.values())
+
+    def discard(self) -> None:
+        """Remove the shards of a model that will not be finished."""
+        with writing(self.folder):
+            for name in self._shards:
+                self._file(name).unlink(missing_ok=True)
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+        self._begun, self._shards = False, {}
+        self._whole.clear()
 
     def has(self, name: str) -> bool:
         """Whether a shard of this name stands there whole, also one from an earlier process that was killed."""
