@@ -270,6 +270,7 @@ def test_torch_pruning_agrees_with_our_rules(kind: str) -> None:
 def test_texts_are_split_by_file_and_a_seed_is_a_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["alpha", "beta", "gamma", "delta"]
     sources = [" ".join([words[index % 4]] * 600) for index in range(8)]
+    sources.insert(1, "made by gencodec.py " + "delta " * 9000)  # would be validation
     decoder_tokenizer(sources, 300).save_pretrained(tmp_path)
     monkeypatch.setattr(comp_models, "small_model", lambda name, steps: tmp_path)
     monkeypatch.setattr(comp_models, "unseen_sources", lambda name: sources)
