@@ -47,6 +47,7 @@ PEERS: Mapping[str, Mapping[str, PruneCopy]] = {
         "WIFV, UL-UM": Flap(across_layers=False, heads="floor"),
         "WIFV, UL, MLP only": Flap(across_layers=False, heads="none"),
         "WIFN, AL-AM": Flap(metric="WIFN"),
+        "WIFN, UL-UM": Flap(metric="WIFN", across_layers=False, heads="floor"),
         "IFV, AL-AM": Flap(metric="IFV"),
     },
     "layer drop": {
