@@ -12,7 +12,7 @@ from fl_edge.comp.config import CompConfig
 from fl_edge.comp.elimination import eliminate
 from fl_edge.comp.scores import conditioning, perturbation, sensitivity
 from fl_edge.comp.statistics import Statistics, relative_error
-from fl_edge.comp.system import Solution, System, mask_system, solve, weight_system
+from fl_edge.comp.system import Solution, System, mask_statistics, solve, weight_system
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,29 +88,35 @@ def decide(
         statistics = statistics.without_bias(bias)
     fitted = statistics.centred() if config.bias else statistics
     whole = config.restore == "weights"
-    system_of = weight_system if whole else mask_system
-    original = weight.to(statistics.gram.device, torch.float64)
-    values = original.T.clone() if whole else torch.ones_like(original[:1].T)
+    original = weight.to(statistics.gram)
+    prior = original if whole else torch.ones_like(original[:1])
+    problem = fitted if whole else mask_statistics(fitted, original)
+    values = prior.T.clone()
     order: list[tuple[float, int]] = []
     left, rest = quota, original.shape[1] // width
     for units in _blocks(fitted, original, width, config.block):
         block = _neurons(units, width)
-        system = system_of(fitted, original, config.damping, block, values)
+        system = weight_system(problem, prior, config.damping, block, values)
         asked = min(round(left * len(units) / rest), len(units))  # after a guard more may be left than there are
         score = partial(_score, config, system, fitted.gram.diagonal()[block], original[:, block], width)
         found = eliminate(system, solve(system), score, asked, width, config.steps, config.max_variance)
         values[block] = 0
-        values[block[found.solution.kept]] = found.solution.values if config.restore != "none" else 1.0
+        values[block[found.solution.kept]] = found.solution.values.to(values) if config.restore != "none" else 1.0
         left, rest = left - len(found.order), rest - len(units)
         order += [(place / len(units), int(units[unit])) for place, unit in enumerate(found.order)]
     gone = {unit for _, unit in order}
     kept = tuple(unit for unit in range(original.shape[1] // width) if unit not in gone)
     stay = _neurons(torch.tensor(kept, device=original.device), width)
-    bare = torch.zeros_like(original)
-    bare[:, stay] = original[:, stay]
-    tuned = values.T if whole else original * values.T
-    added = (statistics.targets - tuned.to(statistics.inputs) @ statistics.inputs) / statistics.tokens
-    mask = (values * original.T).sum(1) / original.square().sum(0).clamp_min(1e-300) if whole else values[:, 0]
+    bare = torch.zeros_like(prior)
+    bare[:, stay] = prior[:, stay]
+    untuned, tuned = (relative_error(problem, each) * problem.energy for each in (bare, values.T))
+    if config.bias:  # untuned, there is none to take the mean of what is wanted
+        off = statistics.targets - original[:, stay] @ statistics.inputs[stay]
+        untuned += float(off.square().sum()) / statistics.tokens
+    new = values.T if whole else original * values.T
+    added = (statistics.targets - new @ statistics.inputs) / statistics.tokens
+    lengths = original.square().sum(0).clamp_min(torch.finfo(original.dtype).tiny)
+    mask = (values * original.T).sum(1) / lengths if whole else values[:, 0]
     return Decision(
         kept=kept,
         mask=None if whole else values[stay, 0],
@@ -119,8 +125,8 @@ def decide(
         order=tuple(unit for _, unit in sorted(order)),
         guarded=left > 0,
         variance=float(mask[stay].var(correction=0)),
-        untuned=relative_error(statistics, bare),
-        tuned=relative_error(statistics, tuned, added if config.bias else None),
+        untuned=untuned / statistics.energy,
+        tuned=tuned / statistics.energy,
     )
 
 

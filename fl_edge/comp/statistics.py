@@ -54,6 +54,18 @@ class Statistics:
         x, y = inputs.to(exact), targets.to(exact)
         return cls(len(x), x.T @ x, x.T @ y, x.sum(0), y.sum(0), float(y.square().sum()))
 
+    def extended(self, inputs: Tensor, targets: Tensor) -> Statistics:
+        """Return the sums with further tokens, as for :meth:`of`; they are added to these matrices in place."""
+        x, y = inputs.to(self.gram), targets.to(self.gram)
+        return Statistics(
+            self.tokens + len(x),
+            self.gram.addmm_(x.T, x),
+            self.cross.addmm_(x.T, y),
+            self.inputs + x.sum(0),
+            self.targets + y.sum(0),
+            self.energy + float(y.square().sum()),
+        )
+
     def __add__(self, other: Statistics) -> Statistics:
         """Return the statistics of both texts together."""
         return Statistics(

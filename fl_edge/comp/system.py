@@ -21,6 +21,8 @@ from torch import Tensor
 from fl_edge.comp.statistics import Statistics
 from fl_edge.errors import DataError
 
+_ROWS = 2048  # of a mask's matrix that are computed at once
+
 
 @dataclass(frozen=True, eq=False)
 class System:
@@ -56,25 +58,32 @@ def mask_system(statistics: Statistics, weight: Tensor, damping: float, block: T
     current
         (n, 1) the mask as it is, which stays outside the block.
     """
-    w = weight.to(statistics.gram.device, torch.float64)
-    rows = statistics.gram[block].double() * (w[:, block].T @ w)
-    right = (statistics.cross[block].double() * w[:, block].T).sum(1, keepdim=True)
-    return _system(rows, right, torch.ones_like(right), damping, block, current)
+    ones = torch.ones_like(weight[:1])
+    return weight_system(mask_statistics(statistics, weight), ones, damping, block, current)
+
+
+def mask_statistics(statistics: Statistics, weight: Tensor) -> Statistics:
+    """Return the statistics of a layer's mask, as of the weights (1, n) of a layer with one output: A, b and ||Y*||^2.
+
+    ``targets``, which the mask has no use for, is 0.
+    """
+    w = weight.to(statistics.gram)
+    matrix, count = torch.empty_like(statistics.gram), w.shape[1]
+    for start in range(0, count, _ROWS):  # one triangle is computed
+        rows, later = slice(start, start + _ROWS), slice(start + _ROWS, count)
+        matrix[rows, start:] = (w[:, rows].T @ w[:, start:]).mul_(statistics.gram[rows, start:])
+        matrix[later, rows] = matrix[rows, later].T
+    matched = (statistics.cross.T * w).sum(0)[:, None]
+    return Statistics(statistics.tokens, matrix, matched, statistics.inputs, w.new_zeros(1), statistics.energy)
 
 
 def weight_system(statistics: Statistics, weight: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
     """Return the system of a layer's weights; ``current`` (n, o), otherwise as :func:`mask_system`."""
-    rows = statistics.gram[block].double()
-    prior = weight[:, block].T.to(rows)
-    return _system(rows, statistics.cross[block].double(), prior, damping, block, current)
-
-
-def _system(rows: Tensor, right: Tensor, prior: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
-    """Cut a block out of a system: what the neurons outside it contribute is known, and goes to the right side."""
-    if len(block) < len(current):
-        outside = current.index_fill(0, block, 0)
-        right = right - rows @ outside
-    matrix = rows[:, block]
+    rows, right = statistics.gram[block], statistics.cross[block].double()
+    if len(block) < len(current):  # what the neurons outside contribute is known, and goes to the right side
+        right -= rows @ current.to(rows).index_fill(0, block, 0)
+    matrix = rows[:, block].double()
+    prior = weight[:, block].T.to(matrix)
     return System(matrix, right, prior, damping * float(matrix.diagonal().mean()))
 
 

@@ -73,8 +73,8 @@ class Walker:
                 wanted = self._wanted[unit][rows] / self.scale
                 if target == "stream":
                     wanted = wanted - (entering if unit == "heads" else leaving - seen.outputs)
-            part = Statistics.of(seen.inputs.flatten(0, 1), wanted.flatten(0, 1))
-            total = part if total is None else total + part
+            sums = Statistics.of if total is None else total.extended
+            total = sums(seen.inputs.flatten(0, 1), wanted.flatten(0, 1))
         assert total is not None
         return total
 
