@@ -85,6 +85,8 @@ PEERS: Mapping[str, Mapping[str, PruneCopy]] = {
         "Taylor, MLP only": DepGraph("taylor", heads="none"),
         "Taylor, global": DepGraph("taylor", across_layers=True),
         "Taylor, global, MLP only": DepGraph("taylor", across_layers=True, heads="none"),
+        "Taylor, global, not normalised": DepGraph("taylor", across_layers=True, normalizer=None),
+        "Taylor, global, not normalised, MLP only": DepGraph("taylor", True, "none", normalizer=None),
     },
 }
 

@@ -42,11 +42,14 @@ class DepGraph:
         Whether units compete with those of other layers (``global_pruning``).
     heads
         How the share of heads is rounded to whole ones; ``none`` prunes channels only.
+    normalizer
+        Of a layer's scores: by their mean, its default, or not at all, which only matters across layers.
     """
 
     importance: Literal["magnitude", "taylor"]
     across_layers: bool = False
     heads: Rounding = "floor"
+    normalizer: Literal["mean"] | None = "mean"
 
     def __call__(self, model: nn.Module, tokens: Tensor, ratio: float) -> nn.Module:
         """Return a pruned copy."""
@@ -97,13 +100,17 @@ class DepGraph:
         import torch_pruning as tp
 
         ids = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
-        magnitude = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
+        importance = (
+            tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean", normalizer=self.normalizer)
+            if self.importance == "magnitude"
+            else tp.importance.GroupTaylorImportance(normalizer=self.normalizer)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the norms' weights follow the hidden width
             pruner = tp.pruner.BasePruner(
                 model,
                 example_inputs={"input_ids": ids, "use_cache": False},  # with a cache the search does not end
-                importance=magnitude if self.importance == "magnitude" else tp.importance.GroupTaylorImportance(),
+                importance=importance,
                 global_pruning=self.across_layers,
                 output_transform=lambda output: output.logits,
                 pruning_ratio=0.0,  # of what is not named, the hidden width

@@ -262,6 +262,7 @@ def test_torch_pruning_agrees_with_our_rules(kind: str) -> None:
     for theirs, ours in (
         (DepGraph("magnitude", heads=heads), Magnitude(group=True, heads=heads)),
         (DepGraph("taylor", heads=heads), Taylor(protect=0, heads=heads)),
+        (DepGraph("taylor", True, "none", normalizer=None), Taylor(protect=0, across_layers=True, heads="none")),
     ):
         pruned = [each(model, tokens, 0.5) for each in (theirs, ours)]
         torch.testing.assert_close(logits(pruned[0], tokens), logits(pruned[1], tokens), rtol=1e-4, atol=1e-4)
