@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fl_edge.comp.config import CompConfig
-from fl_edge.comp.decision import decide
+from fl_edge.comp.decision import Decision, decide
 from fl_edge.comp.outline import Outline, Sizes, Source
 from fl_edge.comp.workbench import Workbench
 from fl_edge.errors import DataError
@@ -38,6 +38,15 @@ class LayerReport:
     variance: dict[str, float] = field(default_factory=dict)
     untuned: dict[str, float] = field(default_factory=dict)
     tuned: dict[str, float] = field(default_factory=dict)
+
+    def note(self, unit: Unit, decision: Decision) -> None:
+        """Take in what was decided on the layer's heads or channels."""
+        if unit == "heads":
+            self.heads = len(decision.kept)
+        else:
+            self.channels = len(decision.kept)
+        self.guarded |= decision.guarded
+        self.variance[unit], self.untuned[unit], self.tuned[unit] = decision.variance, decision.untuned, decision.tuned
 
 
 @dataclass
@@ -106,18 +115,17 @@ def prune_layers(
         due = outline.ratios[layer] * sizes.layer(layer, UNITS if config.prune_attention else ("channels",))
         due += progress.owed
         for unit in UNITS:
-            quota = _quota(config, outline.ratios[layer], sizes, layer, unit, due)
+            quota = quota_of(config, outline.ratios[layer], sizes, layer, unit, due)
             due -= _prune_unit(config, quota, bench, source, layer, unit, report) * sizes.units[layer][unit]
         progress.owed = due
         kept, tensors = bench.close(layer)
-        report.heads, report.channels = len(kept.heads), len(kept.channels)
         progress.layers.append(kept)
         progress.reports.append(report)
         yield layer, tensors
-    _check_met(config, sizes, progress)
+    check_met(config, sizes, progress)
 
 
-def _quota(config: CompConfig, ratio: float, sizes: Sizes, layer: int, unit: Unit, due: float) -> int:
+def quota_of(config: CompConfig, ratio: float, sizes: Sizes, layer: int, unit: Unit, due: float) -> int:
     """Return how many units go: heads by the layer's ratio, channels so that the budget comes out."""
     total = sizes.full.total(layer, unit)
     if unit == "heads":
@@ -134,10 +142,7 @@ def _prune_unit(
     decision = decide(statistics, linear.weight, linear.bias, quota, width, config)
     bench.apply(layer, unit, decision)
     source.decided(layer, unit, decision)
-    report.guarded |= decision.guarded
-    report.variance[unit], report.untuned[unit], report.tuned[unit] = (
-        *(decision.variance, decision.untuned, decision.tuned),
-    )
+    report.note(unit, decision)
     if decision.guarded:
         log.warning(
             "layer %d: the guard kept %d of %d %s that were to go, since the mask would vary by more than %g "
@@ -147,7 +152,8 @@ def _prune_unit(
     return len(decision.order)
 
 
-def _check_met(config: CompConfig, sizes: Sizes, progress: Progress) -> None:
+def check_met(config: CompConfig, sizes: Sizes, progress: Progress) -> None:
+    """Raise DataError where a course that has ended missed the ratio."""
     remaining = (1 - config.ratio) * sizes.total
     if abs(progress.owed) <= _TOLERANCE * remaining:
         return

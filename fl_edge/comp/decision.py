@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_edge.comp.config import CompConfig
-from fl_edge.comp.elimination import eliminate
+from fl_edge.comp.elimination import Elimination, eliminate
 from fl_edge.comp.scores import conditioning, perturbation, sensitivity
 from fl_edge.comp.statistics import Statistics, relative_error
 from fl_edge.comp.system import Solution, System, mask_statistics, solve, weight_system
@@ -61,7 +62,13 @@ class Decision:
 
 
 def decide(
-    statistics: Statistics, weight: Tensor, bias: Tensor | None, quota: int, width: int, config: CompConfig
+    statistics: Statistics,
+    weight: Tensor,
+    bias: Tensor | None,
+    quota: int,
+    width: int,
+    config: CompConfig,
+    gone: Collection[int] | None = None,
 ) -> Decision:
     """Choose the units that go and tune what stays.
 
@@ -78,6 +85,8 @@ def decide(
         Units to remove, fewer than there are.
     width
         Neurons of a unit.
+    gone
+        Units that go, where that is settled; then there is no guard.
 
     Raises
     ------
@@ -99,13 +108,21 @@ def decide(
         system = weight_system(problem, prior, config.damping, block, values)
         asked = min(round(left * len(units) / rest), len(units))  # after a guard more may be left than there are
         score = partial(_score, config, system, fitted.gram.diagonal()[block], original[:, block], width)
-        found = eliminate(system, solve(system), score, asked, width, config.steps, config.max_variance)
+        start = solve(system)
+        if gone is None:
+            found = eliminate(system, start, score, asked, width, config.steps, config.max_variance)
+        else:
+            settled = torch.tensor(
+                [place for place, unit in enumerate(units.tolist()) if unit in gone], dtype=torch.long
+            )
+            out = _neurons(settled.to(block.device), width)
+            found = Elimination(start.without(out), tuple(settled.tolist()), guarded=False)
         values[block] = 0
         values[block[found.solution.kept]] = found.solution.values.to(values) if config.restore != "none" else 1.0
         left, rest = left - len(found.order), rest - len(units)
         order += [(place / len(units), int(units[unit])) for place, unit in enumerate(found.order)]
-    gone = {unit for _, unit in order}
-    kept = tuple(unit for unit in range(original.shape[1] // width) if unit not in gone)
+    removed = {unit for _, unit in order}
+    kept = tuple(unit for unit in range(original.shape[1] // width) if unit not in removed)
     stay = _neurons(torch.tensor(kept, device=original.device), width)
     bare = torch.zeros_like(prior)
     bare[:, stay] = prior[:, stay]

@@ -52,6 +52,10 @@ class TextSource:
         """Return the statistics of the map that units flow into; the layer is loaded."""
         return self.walker.measure(layer, unit, self._target)
 
+    def both(self, layer: int) -> Mapping[Unit, Statistics]:
+        """Return both maps' statistics in the dense model, their own outputs wanted, and pass the loaded layer."""
+        return self.walker.both(layer)
+
     def decided(self, layer: int, unit: Unit, decision: Decision) -> None:  # noqa: ARG002 - the layer has taken it in
         """Learn of a decision, which the loaded layer has taken in; after that on channels, pass the layer."""
         if unit == "channels":

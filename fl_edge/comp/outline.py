@@ -101,6 +101,48 @@ class Sizes:
         return sum(self.layer(layer) for layer in range(len(self.full.layers)))
 
 
+class Importance:
+    """Importance of layers as the configuration wants it measured; each measurement is made once.
+
+    Attributes
+    ----------
+    candidates
+        Layers that may go.
+    """
+
+    def __init__(self, config: CompConfig, count: int, source: Source) -> None:
+        self._config, self._count, self._source = config, count, source
+        self._known: dict[tuple[int, ...], dict[int, float]] = {}
+        self._grown: dict[int, float] = {}
+        self.candidates = tuple(range(config.protect_first, count - config.protect_last))
+
+    def __call__(self, removed: tuple[int, ...]) -> dict[int, float]:
+        """Return the importance of the layers that are left when some are gone."""
+        if removed not in self._known:
+            self._known[removed] = self._measured(removed)
+        return self._known[removed]
+
+    def growth(self, removed: tuple[int, ...]) -> dict[int, float]:
+        """Return by what factor what follows removed layers is to be scaled down."""
+        if not self._config.repair:
+            return dict.fromkeys(removed, 1.0)
+        if not self._grown.keys() >= set(removed):
+            self._similar(())
+        return {layer: self._grown[layer] for layer in removed}
+
+    def _measured(self, removed: tuple[int, ...]) -> dict[int, float]:
+        if self._config.layer_rule == "loss":
+            left = tuple(layer for layer in range(self._count) if layer not in removed)
+            losses = self._source.losses(removed, left)
+            return {layer: losses[layer].mean - losses[NONE].mean for layer in left}
+        return {layer: each.importance(self._config.similarity) for layer, each in self._similar(removed).items()}
+
+    def _similar(self, removed: tuple[int, ...]) -> Mapping[int, Similarity]:
+        found = self._source.similarities(removed)
+        self._grown.update((layer, each.growth) for layer, each in found.items())
+        return found
+
+
 def draw_outline(config: CompConfig, sizes: Sizes, source: Source) -> Outline:
     """Measure the layers, choose those that go, and share the rest of the budget out.
 
@@ -110,24 +152,10 @@ def draw_outline(config: CompConfig, sizes: Sizes, source: Source) -> Outline:
         A ratio that no plan can meet.
     """
     count = len(sizes.full.layers)
-    candidates = tuple(range(config.protect_first, count - config.protect_last))
-    grown: dict[int, float] = {}
-
-    def measure(removed: tuple[int, ...]) -> dict[int, float]:
-        if config.layer_rule == "loss":
-            left = tuple(layer for layer in range(count) if layer not in removed)
-            losses = source.losses(removed, left)
-            return {layer: losses[layer].mean - losses[NONE].mean for layer in left}
-        similar = source.similarities(removed)
-        grown.update((layer, each.growth) for layer, each in similar.items())
-        return {layer: each.importance(config.similarity) for layer, each in similar.items()}
-
-    removed = choose_layers(
-        layers_to_remove(config.ratio, config.layer_share, count), candidates, measure, config.iterative_layers
-    )
+    measure = Importance(config, count, source)
+    goal = layers_to_remove(config.ratio, config.layer_share, count)
+    removed = choose_layers(goal, measure.candidates, measure, config.iterative_layers)
     importance = measure(removed)
-    if config.repair and removed and config.layer_rule == "loss":
-        grown.update((layer, each.growth) for layer, each in source.similarities(()).items())
     kept = [layer for layer in range(count) if layer not in removed]
     units: tuple[Unit, ...] = UNITS if config.prune_attention else ("channels",)
     budget = config.ratio * sizes.total - sum(map(sizes.layer, removed))
@@ -141,7 +169,7 @@ def draw_outline(config: CompConfig, sizes: Sizes, source: Source) -> Outline:
     return Outline(
         removed,
         {layer: importance[layer] for layer in kept},
-        {layer: grown[layer] if config.repair else 1.0 for layer in removed},
+        measure.growth(removed),
         dict(zip(kept, ratios, strict=True)),
         budget,
     )

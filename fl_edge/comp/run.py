@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from fl_edge.comp.course import LayerReport, Progress, prune_layers
 from fl_edge.comp.memory import peak_bytes
 from fl_edge.comp.outline import Outline, Sizes, Source, draw_outline
 from fl_edge.comp.output import Output, apart, parameters, space_for
-from fl_edge.comp.state import drop_state, keep_state, kept_state
+from fl_edge.comp.state import Clock, drop_state, keep_state, kept_state
 from fl_edge.comp.workbench import Workbench
 from fl_edge.config import check
 from fl_edge.errors import DataError
@@ -152,7 +151,7 @@ def prune_checkpoint(
     if (done := finished(out, key)) is not None:
         drop_state(out)
         return done
-    clock = _Clock()
+    clock = Clock()
     bench = Workbench(Checkpoint(model, device))
     checkpoint, sizes, source = bench.checkpoint, Sizes(bench), source_of(bench)
     output, before = Output(checkpoint, out), parameters(checkpoint.skeleton)
@@ -166,7 +165,11 @@ def prune_checkpoint(
         clock.go_on(kept[0])
 
     def keep(tensors: Mapping[str, torch.Tensor]) -> None:
-        record = {"outline": outline.to_record(), "progress": progress.to_record(), **clock.spent(checkpoint)}
+        record = {
+            "outline": outline.to_record(),
+            "progress": progress.to_record(),
+            **clock.spent(checkpoint.bytes_read),
+        }
         keep_state(out, key, record, tensors)
 
     if progress.layers and kept is not None:
@@ -189,19 +192,16 @@ def prune_checkpoint(
             output.discard()
             drop_state(out)
         raise
-    plan = replace(bench.full, layers=tuple(progress.layers))
-    after, spent = output.outside(), clock.spent(checkpoint)
     result = Result(
-        key,
-        config,
-        plan,
-        outline,
-        tuple(progress.reports),
-        before,
-        after,
-        int(spent["bytes_read"]),
-        spent["seconds"],
-        peak_bytes(device),
+        key=key,
+        config=config,
+        plan=replace(bench.full, layers=tuple(progress.layers)),
+        outline=outline,
+        reports=tuple(progress.reports),
+        before=before,
+        after=output.outside(),
+        **clock.spent(checkpoint.bytes_read),
+        peak_memory=peak_bytes(device),
     )
     finish(output, result)
     drop_state(out)
@@ -221,19 +221,3 @@ def finish(output: Output, result: Result) -> None:
     """Make a model of what was written, with the record of the run beside it."""
     write_whole(output.folder / RECORD, json.dumps(result.to_record(), indent=1) + "\n")
     output.finish(result.plan)
-
-
-class _Clock:
-    """Seconds and bytes of a run, earlier processes included."""
-
-    def __init__(self) -> None:
-        self._start, self._seconds, self._bytes = time.monotonic(), 0.0, 0
-
-    def go_on(self, record: Mapping[str, Any]) -> None:
-        self._seconds, self._bytes = record["seconds"], record["bytes_read"]
-
-    def spent(self, checkpoint: Checkpoint) -> dict[str, float]:
-        return {
-            "seconds": self._seconds + time.monotonic() - self._start,
-            "bytes_read": self._bytes + checkpoint.bytes_read,
-        }

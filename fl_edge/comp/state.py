@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,18 @@ def drop_state(folder: Path) -> None:
     """Remove what was kept."""
     with writing(folder):
         (folder / STATE).unlink(missing_ok=True)
+
+
+class Clock:
+    """Seconds and bytes read of a run, earlier processes included."""
+
+    def __init__(self) -> None:
+        self._start, self._seconds, self._bytes = time.monotonic(), 0.0, 0
+
+    def go_on(self, record: Mapping[str, Any]) -> None:
+        """Add what a record made from :meth:`spent` says."""
+        self._seconds, self._bytes = record["seconds"], record["bytes_read"]
+
+    def spent(self, read: int) -> dict[str, Any]:
+        """Return what the run has taken; ``read`` are the bytes of this process."""
+        return {"seconds": self._seconds + time.monotonic() - self._start, "bytes_read": self._bytes + read}

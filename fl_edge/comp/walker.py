@@ -78,6 +78,19 @@ class Walker:
         assert total is not None
         return total
 
+    def both(self, layer: int) -> dict[Unit, Statistics]:
+        """Return the statistics of both maps in the dense model, their own outputs wanted, and pass the layer."""
+        total: dict[Unit, Statistics] = {}
+        for rows in chunks(self.tokens):
+            entering = self.dense[rows]
+            consumers = (self.bench.consumer(layer, unit) for unit in UNITS)
+            with watched(next(consumers), entering) as heads, watched(next(consumers), entering) as channels:
+                self.dense[rows] = self.bench.checkpoint.run(layer, entering)
+            for unit, seen in zip(UNITS, (heads, channels), strict=True):
+                part = Statistics.of(seen.inputs.flatten(0, 1), seen.outputs.flatten(0, 1))
+                total[unit] = total[unit] + part if unit in total else part
+        return total
+
     def advance(self, layer: int) -> None:
         """Take the pruned states through the loaded layer, which has been decided on."""
         for rows in chunks(self.tokens):
