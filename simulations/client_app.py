@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import Context
 
+from fl_edge.clients.comp import CompClient, CompWorkload
 from fl_edge.clients.fedspine import FedSpineClient, FedSpineWorkload
 from fl_edge.clients.mergesfl import MergeSFLClient, Workload
+from fl_edge.comp.outcome import base_digest
+from fl_edge.data.corpus import device_tokens, load_files, load_tokenizer
 from fl_edge.data.partition import load_device
 from fl_edge.data.texts import head_classes, load_text_device
 from fl_edge.edge.costs import compute_seconds_per_sample, macs_per_second, transfer_seconds_per_sample
@@ -20,10 +24,10 @@ from fl_edge.errors import ConfigError
 from fl_edge.link.resident import ClientApp
 from fl_edge.models.accelerator import find_accelerator
 from fl_edge.models.images import build_model
-from fl_edge.models.language import load_language_model
+from fl_edge.models.language import load_language_model, model_folder
 from fl_edge.models.pretraining import weights_digest
 from fl_edge.models.split import feature_bytes
-from simulations.scenario import FedSpineScenario, MergeSFLScenario, Scenario, read_scenario
+from simulations.scenario import CompScenario, FedSpineScenario, MergeSFLScenario, Scenario, read_scenario
 
 app = ClientApp()
 
@@ -116,5 +120,32 @@ def _fedspine(place: Place) -> FedSpineWorkload:
     )
 
 
+@lru_cache(maxsize=2)
+def _corpus(run_config: tuple[tuple[str, Any], ...]) -> tuple[CompScenario, Path, Any, list[str]]:
+    """Return scenario, folder of the base, tokenizer and texts: the same for all devices that this process serves."""
+    scenario = read_scenario(dict(run_config), on_device=True)
+    if not isinstance(scenario, CompScenario):
+        raise ConfigError(f"this device runs simulation={scenario.simulation}; it was asked for COMP")
+    torch.set_num_threads(scenario.threads)
+    base = model_folder(scenario.model)
+    return scenario, base, load_tokenizer(base), load_files(scenario.data, scenario.model.name)
+
+
+@lru_cache(maxsize=256)
+def _comp(place: Place) -> CompWorkload:
+    scenario, base, tokenizer, texts = _corpus(place.run_config)
+    own, test = device_tokens(texts, scenario.data, scenario.seed, place.index, place.count, tokenizer)
+    return CompWorkload(
+        device=place.name,
+        base=base,
+        base_digest=base_digest(base),
+        calibration=own,
+        test=test,
+        accelerator=find_accelerator(scenario.accelerator),
+        threads=scenario.threads,
+    )
+
+
 MergeSFLClient(lambda context: _mergesfl(Place.of(context))).register(app)
 FedSpineClient(lambda context: _fedspine(Place.of(context))).register(app)
+CompClient(lambda context: _comp(Place.of(context))).register(app)

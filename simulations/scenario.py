@@ -14,8 +14,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from fl_edge.comp.fleet import FleetConfig
 from fl_edge.config import check, resolve, setting
 from fl_edge.data.config import DataConfig, TextConfig
+from fl_edge.data.corpus import CorpusConfig
 from fl_edge.edge.config import EdgeConfig
 from fl_edge.errors import ConfigError
 from fl_edge.fedspine.config import FedSpineConfig
@@ -25,7 +27,12 @@ from fl_edge.mergesfl.config import MergeSFLConfig, released
 from fl_edge.models.config import LanguageModelConfig, ModelConfig
 from fl_edge.runs import saved_config
 
-_CLASSES = {"mergesfl": "MergeSFLScenario", "fedspine": "FedSpineScenario", "fedspine_instructions": "FedSpineScenario"}
+_CLASSES = {
+    "mergesfl": "MergeSFLScenario",
+    "fedspine": "FedSpineScenario",
+    "fedspine_instructions": "FedSpineScenario",
+    "comp": "CompScenario",
+}
 SIMULATIONS = tuple(_CLASSES)
 
 
@@ -82,6 +89,24 @@ class FedSpineScenario(Scenario):
     def contradictions(self) -> str | None:
         """Return what cannot hold together, or nothing."""
         return shortfall(self.fedspine.schedule, self.rounds)
+
+
+@dataclass
+class CompScenario(Scenario):
+    """Structured pruning of a language model on devices, each for itself or on the sums of all their texts."""
+
+    accelerator: str = setting(
+        "cpu", "where models compute, server and devices: cpu, cuda, ..., auto (cuda where it is)"
+    )
+    comp: FleetConfig = field(default_factory=FleetConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    data: CorpusConfig = field(default_factory=CorpusConfig)
+
+    def contradictions(self) -> str | None:
+        """Return what cannot hold together, or nothing."""
+        if self.comp.fewest > self.devices:
+            return f"comp.fewest={self.comp.fewest} asks for more than the {self.devices} devices"
+        return None
 
 
 def scenario_class(name: str) -> type[Scenario]:

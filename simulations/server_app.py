@@ -10,9 +10,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_edge.errors import FlEdgeError
 from fl_edge.link.resident.serverapp import resident_where_possible
+from simulations.comp import run_comp
 from simulations.fedspine import run_fedspine
 from simulations.mergesfl import run_mergesfl
-from simulations.scenario import FedSpineScenario, MergeSFLScenario, read_scenario
+from simulations.scenario import CompScenario, FedSpineScenario, MergeSFLScenario, read_scenario
 
 app = ServerApp()
 
@@ -43,5 +44,7 @@ def main(grid: Grid, context: Context) -> None:
                 run_fedspine(grid_to_use, scenario)
             elif isinstance(scenario, MergeSFLScenario):
                 run_mergesfl(grid_to_use, scenario)
+            elif isinstance(scenario, CompScenario):
+                run_comp(grid_to_use, scenario)
     except FlEdgeError as error:
         raise RunFailed(str(error)) from None

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 from fl_edge.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from fl_edge.clients.comp import CompClient, CompWorkload
     from fl_edge.clients.fedspine import FedSpineClient, FedSpineWorkload
     from fl_edge.clients.mergesfl import MergeSFLClient, Workload
 
-__all__ = ["FedSpineClient", "FedSpineWorkload", "MergeSFLClient", "Workload"]
+__all__ = ["CompClient", "CompWorkload", "FedSpineClient", "FedSpineWorkload", "MergeSFLClient", "Workload"]
 _HOMES = {
+    "CompClient": "comp",
+    "CompWorkload": "comp",
     "FedSpineClient": "fedspine",
     "FedSpineWorkload": "fedspine",
     "MergeSFLClient": "mergesfl",

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from fl_edge.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from fl_edge.strategies.comp import Comp
     from fl_edge.strategies.fedspine import FedSpine
     from fl_edge.strategies.mergesfl import MergeSFL
 
-__all__ = ["FedSpine", "MergeSFL"]
-__getattr__ = lazy_exports(
-    __name__, {"FedSpine": "fl_edge.strategies.fedspine", "MergeSFL": "fl_edge.strategies.mergesfl"}
-)
+__all__ = ["Comp", "FedSpine", "MergeSFL"]
+_HOMES = {"Comp": "comp", "FedSpine": "fedspine", "MergeSFL": "mergesfl"}
+__getattr__ = lazy_exports(__name__, {name: f"fl_edge.strategies.{home}" for name, home in _HOMES.items()})
