@@ -87,8 +87,8 @@ class Walker:
             with watched(next(consumers), entering) as heads, watched(next(consumers), entering) as channels:
                 self.dense[rows] = self.bench.checkpoint.run(layer, entering)
             for unit, seen in zip(UNITS, (heads, channels), strict=True):
-                part = Statistics.of(seen.inputs.flatten(0, 1), seen.outputs.flatten(0, 1))
-                total[unit] = total[unit] + part if unit in total else part
+                sums = total[unit].extended if unit in total else Statistics.of
+                total[unit] = sums(seen.inputs.flatten(0, 1), seen.outputs.flatten(0, 1))
         return total
 
     def advance(self, layer: int) -> None:
