@@ -115,7 +115,11 @@ class Walker:
         for rows in chunks(self.tokens):
             entering = self.dense[rows]
             consumers = (self.bench.consumer(layer, unit) for unit in UNITS)
-            with watched(next(consumers), entering) as heads, watched(next(consumers), entering) as channels:
+            with (
+                self.bench.undivided(layer),
+                watched(next(consumers), entering) as heads,
+                watched(next(consumers), entering) as channels,
+            ):
                 leaving = self.bench.checkpoint.run(layer, entering)
             if target == "dense":
                 self._wanted["heads"][rows], self._wanted["channels"][rows] = heads.outputs, channels.outputs
