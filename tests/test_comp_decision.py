@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fl_edge.comp.decision import Decision, decide
-from tests.tiny_comp import (
+from tests.tiny_comp_core import (
     Layer,
     configured,
     draw_layer,

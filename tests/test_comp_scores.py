@@ -13,7 +13,7 @@ from torch import Tensor
 from fl_edge.comp.scores import conditioning, perturbation, sensitivity
 from fl_edge.comp.system import Solution, System, mask_system, solve, weight_system
 from fl_edge.seeding import torch_rng
-from tests.tiny_comp import Layer, draw_layer, mask_damping, masked_error, solve_mask, solve_weight
+from tests.tiny_comp_core import Layer, draw_layer, mask_damping, masked_error, solve_mask, solve_weight
 
 NEURONS = 12
 ALL = torch.arange(NEURONS)

@@ -17,7 +17,7 @@ from fl_edge.comp.decision import decide
 from fl_edge.comp.similarity import Similarity
 from fl_edge.comp.statistics import Statistics, relative_error
 from fl_edge.seeding import torch_rng
-from tests.tiny_comp import Layer, configured, draw_layer
+from tests.tiny_comp_core import Layer, configured, draw_layer
 
 CLOSE: Any = {"rtol": 1e-9, "atol": 1e-9}
 SHAPES = {"tokens": st.integers(2, 40), "neurons": st.integers(1, 9), "outputs": st.integers(1, 7)}
