@@ -130,9 +130,9 @@ def decide(
     if config.bias:  # untuned, there is none to take the mean of what is wanted
         off = statistics.targets - original[:, stay] @ statistics.inputs[stay]
         untuned += float(off.square().sum()) / statistics.tokens
-    new = values.T if whole else original * values.T
-    added = (statistics.targets - new @ statistics.inputs) / statistics.tokens
-    lengths = original.square().sum(0).clamp_min(torch.finfo(original.dtype).tiny)
+    passing = values.T @ statistics.inputs if whole else original @ (values[:, 0] * statistics.inputs)
+    added = (statistics.targets - passing) / statistics.tokens
+    lengths = torch.linalg.vector_norm(original, dim=0).square().clamp_min(torch.finfo(original.dtype).tiny)
     mask = (values * original.T).sum(1) / lengths if whole else values[:, 0]
     return Decision(
         kept=kept,
@@ -163,7 +163,7 @@ def _blocks(statistics: Statistics, weight: Tensor, width: int, most: int) -> li
     count = -(-units // max(most // width, 1))
     if count == 1:
         return [torch.arange(units, device=weight.device)]
-    matters = statistics.gram.diagonal().double() * weight.square().sum(0)
+    matters = statistics.gram.diagonal().double() * torch.linalg.vector_norm(weight, dim=0).square()
     ranked = matters.view(units, width).sum(1).argsort()
     return [ranked[first::count].sort().values for first in range(count)]
 

@@ -113,7 +113,7 @@ def relative_error(statistics: Statistics, weight: Tensor, bias: Tensor | None =
         (o, n), zero in removed columns; (o,).
     """
     w = weight.to(statistics.gram)
-    error = statistics.energy + float(((statistics.gram @ w.T - 2 * statistics.cross) * w.T).sum())
+    error = statistics.energy + float((statistics.gram @ w.T).sub_(statistics.cross, alpha=2).mul_(w.T).sum())
     if bias is not None:
         b = bias.to(w)
         error += float(b @ (statistics.tokens * b - 2 * statistics.targets + 2 * (w @ statistics.inputs)))

@@ -68,13 +68,13 @@ def mask_statistics(statistics: Statistics, weight: Tensor) -> Statistics:
     ``targets``, which the mask has no use for, is 0.
     """
     w = weight.to(statistics.gram)
-    matrix, count = torch.empty_like(statistics.gram), w.shape[1]
+    matrix, right, count = torch.empty_like(statistics.gram), torch.empty_like(w[:1].T), w.shape[1]
     for start in range(0, count, _ROWS):  # one triangle is computed
         rows, later = slice(start, start + _ROWS), slice(start + _ROWS, count)
         matrix[rows, start:] = (w[:, rows].T @ w[:, start:]).mul_(statistics.gram[rows, start:])
         matrix[later, rows] = matrix[rows, later].T
-    matched = (statistics.cross.T * w).sum(0)[:, None]
-    return Statistics(statistics.tokens, matrix, matched, statistics.inputs, w.new_zeros(1), statistics.energy)
+        right[rows] = (statistics.cross[rows] * w[:, rows].T).sum(1, keepdim=True)
+    return Statistics(statistics.tokens, matrix, right, statistics.inputs, w.new_zeros(1), statistics.energy)
 
 
 def weight_system(statistics: Statistics, weight: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
