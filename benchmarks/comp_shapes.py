@@ -41,7 +41,9 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def make_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+def make_checkpoint(
+    folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, layers: int | None = None
+) -> None:
     """Write a checkpoint of random weights, one shard a layer and one for the rest, with never more than one in memory.
 
     Norms are ones; everything else is normal of standard deviation 0.02. Normal numbers are drawn once, and every
@@ -54,11 +56,13 @@ def make_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat1
         Made where needed. ``config.json`` and the index come last.
     shape
         A key of :data:`SHAPES`.
+    layers
+        How many, instead of the shape's.
     """
     import transformers
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
-    settings = dict(SHAPES[shape])
+    settings = dict(SHAPES[shape]) | ({} if layers is None else {"num_hidden_layers": layers})
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), dtype=dtype, **settings)
     build: Any = transformers.AutoModelForCausalLM.from_config
     with init_empty_weights(include_buffers=False):
