@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from fl_edge.errors import ConfigError
+from fl_edge.pruning import Unit
+
+Key = tuple[int, Unit]  # a layer's heads or channels
 
 _HALVINGS = 100
 _LEAST_IMPORTANCE = 1e-6  # below rounding of a cosine in float32; keeps a ratio of importances finite
@@ -104,3 +108,57 @@ def layer_ratios(
         spent = sum(r * size for r, size in zip(at(middle), sizes, strict=True))
         low, high = (middle, high) if spent < budget else (low, middle)
     return at(high)
+
+
+def spread(
+    curves: Mapping[Key, Sequence[tuple[int, float]]],
+    sizes: Mapping[Key, int],
+    budget: float,
+    least: Mapping[Key, int],
+) -> dict[Key, int]:
+    """Return how many units go of each kind so that what is lost in all is least; *ours*.
+
+    Each curve is replaced by its lower convex hull, and units go where the next parameter costs least. What a unit is
+    too large for at the end stays for the caller to make up for elsewhere.
+
+    Parameters
+    ----------
+    curves
+        (units removed, loss), rising; the last point is the most that may go.
+    sizes
+        Parameters of a unit.
+    budget
+        Parameters to remove.
+    least
+        Units that go in any case.
+
+    Raises
+    ------
+    ConfigError
+        A budget that is more than may go.
+    """
+    most = sum(curve[-1][0] * sizes[key] for key, curve in curves.items())
+    if budget > most:
+        raise ConfigError(
+            f"the layers that stay would have to lose {budget:,.0f} parameters, and may lose {most:,}; lower ratio, or "
+            "raise layer_share or max_layer_ratio"
+        )
+    pieces = []
+    for key, curve in curves.items():
+        hull: list[tuple[int, float]] = []
+        for point in curve:
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+                hull.pop()
+            hull.append(point)
+        pieces += [(_slope(a, b) / sizes[key], key, a[0], b[0]) for a, b in pairwise(hull)]
+    taken = dict(least)
+    left = budget - sum(count * sizes[key] for key, count in taken.items())
+    for _, key, begin, end in sorted(pieces, key=lambda piece: piece[0]):
+        fits = max(min(end - max(begin, taken[key]), int(left // sizes[key])), 0)
+        taken[key] += fits
+        left -= fits * sizes[key]
+    return taken
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

@@ -10,15 +10,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol
 
 from torch import Tensor
 
-from fl_edge.comp.allocation import choose_layers, layer_ratios, layers_to_remove
+from fl_edge.comp.allocation import Key, choose_layers, layers_to_remove
 from fl_edge.comp.config import CompConfig
 from fl_edge.comp.course import LayerReport, Progress, quota_of
 from fl_edge.comp.decision import Decision, decide
-from fl_edge.comp.outline import Importance, Outline, Sizes, Source
+from fl_edge.comp.outline import Budget, Importance, Outline, Sizes, Source
 from fl_edge.comp.statistics import Statistics
 from fl_edge.comp.workbench import Workbench
 from fl_edge.config import check
@@ -27,13 +26,6 @@ from fl_edge.pruning import LayerPlan, Unit
 from fl_edge.pruning.plan import UNITS
 
 log = logging.getLogger("flwr.fl_edge")
-
-
-class NestedSource(Source, Protocol):
-    """Who measures for all classes at once."""
-
-    def both(self, layer: int) -> Mapping[Unit, Statistics]:
-        """Return both maps' statistics in the dense model, their own outputs wanted, and pass the loaded layer."""
 
 
 @dataclass
@@ -71,7 +63,7 @@ def class_configs(config: CompConfig, ratios: Sequence[float]) -> list[CompConfi
     return found
 
 
-def draw_outlines(configs: Sequence[CompConfig], sizes: Sizes, source: Source) -> list[Outline]:
+def draw_outlines(configs: Sequence[CompConfig], sizes: Sizes, bench: Workbench, source: Source) -> list[Outline]:
     """Settle for each class which layers go and what the others lose; each class loses all that the one before does.
 
     The layers of a class that go are the first of one common order. Where with one layer more its other layers would
@@ -91,43 +83,39 @@ def draw_outlines(configs: Sequence[CompConfig], sizes: Sizes, source: Source) -
     measure = Importance(first, count, source)
     goals = [layers_to_remove(config.ratio, config.layer_share, count) for config in configs]
     order = choose_layers(goals[-1], measure.candidates, measure, first.iterative_layers)
-    importance, growth = measure(()), measure.growth(order)
-    units: tuple[Unit, ...] = UNITS if first.prune_attention else ("channels",)
+    importance, turns, growth = measure(()), measure.turns(()), measure.growth(order)
+    shares = Budget(first, sizes, bench, source)
     outlines: list[Outline] = []
     for config, goal in zip(configs, goals, strict=True):
-        least = outlines[-1].ratios if outlines else dict.fromkeys(range(count), 0.0)
+        least = _units_gone(outlines[-1], sizes) if outlines else {}
         fewest = len(outlines[-1].removed) if outlines else 0
         for number in range(goal, fewest - 1, -1):
             removed = order[:number]
-            kept = [layer for layer in range(count) if layer not in removed]
+            kept = {layer: value for layer, value in importance.items() if layer not in removed}
             budget = config.ratio * sizes.total - sum(map(sizes.layer, removed))
-            if sum(least[layer] * sizes.layer(layer, units) for layer in kept) <= budget:
+            if sum(n * sizes.units[layer][unit] for (layer, unit), n in least.items() if layer in kept) <= budget:
                 break
-        ratios = layer_ratios(
-            [importance[layer] for layer in kept],
-            [sizes.layer(layer, units) for layer in kept],
-            budget,
-            config.alpha,
-            config.max_layer_ratio,
-            [least[layer] for layer in kept],
-        )
-        outlines.append(
-            Outline(
-                removed,
-                {layer: importance[layer] for layer in kept},
-                {layer: growth[layer] for layer in removed},
-                dict(zip(kept, ratios, strict=True)),
-                budget,
-            )
-        )
+        shared = shares.share_out(budget, kept, turns, least)
+        outlines.append(Outline(removed, kept, {layer: growth[layer] for layer in removed}, *shared, budget))
     return outlines
+
+
+def _units_gone(outline: Outline, sizes: Sizes) -> dict[Key, int]:
+    """Return how many units of the layers that stay go at the least, as was settled for a class."""
+    gone: dict[Key, int] = {}
+    for layer, ratio in outline.ratios.items():
+        each = sizes.units[layer]
+        gone[layer, "heads"] = outline.heads[layer]
+        left = ratio * sizes.layer(layer) - outline.heads[layer] * each["heads"]
+        gone[layer, "channels"] = max(int(left // each["channels"]), 0)
+    return gone
 
 
 def prune_classes(
     classes: Sequence[SizeClass],
     sizes: Sizes,
     bench: Workbench,
-    source: NestedSource,
+    source: Source,
     write: Callable[[SizeClass, dict[str, Tensor]], None],
 ) -> None:
     """Prune the next layer in every class, and bring their progress forward.
@@ -172,13 +160,9 @@ def _decide(
     """Decide on a layer for the classes that have it: one elimination a unit gives the order for all."""
     decisions: list[dict[Unit, Decision]] = [{} for _ in classes]
     reports = [LayerReport(layer, removed=False) for _ in classes]
-    units: tuple[Unit, ...] = UNITS if classes[0].config.prune_attention else ("channels",)
-    dues = [each.progress.owed + each.outline.ratios[layer] * sizes.layer(layer, units) for each in classes]
+    dues = [each.progress.owed + each.outline.ratios[layer] * sizes.layer(layer) for each in classes]
     for unit in UNITS:
-        quotas = [
-            quota_of(each.config, each.outline.ratios[layer], sizes, layer, unit, due)
-            for each, due in zip(classes, dues, strict=True)
-        ]
+        quotas = [quota_of(each.outline, sizes, layer, unit, due) for each, due in zip(classes, dues, strict=True)]
         quotas = [max(quotas[: place + 1]) for place in range(len(quotas))]
         linear, width = bench.consumer(layer, unit), bench.member(layer, unit).width
         about = (both[unit], linear.weight, linear.bias)

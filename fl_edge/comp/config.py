@@ -30,10 +30,17 @@ class CompConfig:
     protect_last: int = setting(1, "layers at the end that are never removed", low=0)
     repair: bool = setting(False, "after a removed layer, make up for the growth that it gave the hidden states")
 
-    # ratios of the layers that stay
-    alpha: float = setting(1.0, "how strongly a layer's ratio follows its importance; 0: all the same", low=0.0)
-    max_layer_ratio: float = setting(0.8, "largest part of a layer that may go", low=0.0, high=0.99)
-    prune_attention: bool = setting(True, "heads go too, at the layer's ratio; else channels alone")
+    # what each of the layers that stay loses
+    allocation: str = setting(
+        "curves", "as much as turns the hidden states least, all layers' heads and channels compared, or by a ratio "
+        "that follows the layer's importance",
+        choices=("curves", "importance"),
+    )  # fmt: skip
+    alpha: float = setting(1.0, "of allocation=importance: how strongly ratios follow it; 0: all the same", low=0.0)
+    max_layer_ratio: float = setting(
+        0.95, "largest part of a layer's heads, and of its channels, that may go", low=0.0, high=0.99
+    )
+    prune_attention: bool = setting(True, "heads go too; else channels alone")
 
     # neurons
     score: str = setting(

@@ -112,10 +112,9 @@ def prune_layers(
             continue
         bench.open(layer, progress.scale)
         report = LayerReport(layer, removed=False)
-        due = outline.ratios[layer] * sizes.layer(layer, UNITS if config.prune_attention else ("channels",))
-        due += progress.owed
+        due = outline.ratios[layer] * sizes.layer(layer) + progress.owed
         for unit in UNITS:
-            quota = quota_of(config, outline.ratios[layer], sizes, layer, unit, due)
+            quota = quota_of(outline, sizes, layer, unit, due)
             due -= _prune_unit(config, quota, bench, source, layer, unit, report) * sizes.units[layer][unit]
         progress.owed = due
         kept, tensors = bench.close(layer)
@@ -125,12 +124,11 @@ def prune_layers(
     check_met(config, sizes, progress)
 
 
-def quota_of(config: CompConfig, ratio: float, sizes: Sizes, layer: int, unit: Unit, due: float) -> int:
-    """Return how many units go: heads by the layer's ratio, channels so that the budget comes out."""
-    total = sizes.full.total(layer, unit)
+def quota_of(outline: Outline, sizes: Sizes, layer: int, unit: Unit, due: float) -> int:
+    """Return how many units go: heads as settled, channels so that the budget comes out."""
     if unit == "heads":
-        return min(round(ratio * total), total - 1) if config.prune_attention else 0
-    return max(0, min(round(due / sizes.units[layer][unit]), total - 1))
+        return outline.heads[layer]
+    return max(0, min(round(due / sizes.units[layer][unit]), sizes.full.total(layer, unit) - 1))
 
 
 def _prune_unit(

@@ -103,8 +103,8 @@ def decide(
     values = prior.T.clone()
     order: list[tuple[float, int]] = []
     left, rest = quota, original.shape[1] // width
-    for units in _blocks(fitted, original, width, config.block):
-        block = _neurons(units, width)
+    for units in blocks_of(fitted, original, width, config.block):
+        block = neurons_of(units, width)
         system = weight_system(problem, prior, config.damping, block, values)
         asked = min(round(left * len(units) / rest), len(units))  # after a guard more may be left than there are
         score = partial(_score, config, system, fitted.gram.diagonal()[block], original[:, block], width)
@@ -115,7 +115,7 @@ def decide(
             settled = torch.tensor(
                 [place for place, unit in enumerate(units.tolist()) if unit in gone], dtype=torch.long
             )
-            out = _neurons(settled.to(block.device), width)
+            out = neurons_of(settled.to(block.device), width)
             found = Elimination(start.without(out), tuple(settled.tolist()), guarded=False)
         values[block] = 0
         values[block[found.solution.kept]] = found.solution.values.to(values) if config.restore != "none" else 1.0
@@ -123,7 +123,7 @@ def decide(
         order += [(place / len(units), int(units[unit])) for place, unit in enumerate(found.order)]
     removed = {unit for _, unit in order}
     kept = tuple(unit for unit in range(original.shape[1] // width) if unit not in removed)
-    stay = _neurons(torch.tensor(kept, device=original.device), width)
+    stay = neurons_of(torch.tensor(kept, device=original.device), width)
     bare = torch.zeros_like(prior)
     bare[:, stay] = prior[:, stay]
     untuned, tuned = (relative_error(problem, each) * problem.energy for each in (bare, values.T))
@@ -157,7 +157,7 @@ def _score(
     return perturbation(energies, solution, weight, width)
 
 
-def _blocks(statistics: Statistics, weight: Tensor, width: int, most: int) -> list[Tensor]:
+def blocks_of(statistics: Statistics, weight: Tensor, width: int, most: int) -> list[Tensor]:
     """Deal the units of a layer to blocks of at most ``most`` neurons, so that each has as many that matter little."""
     units = weight.shape[1] // width
     count = -(-units // max(most // width, 1))
@@ -168,6 +168,6 @@ def _blocks(statistics: Statistics, weight: Tensor, width: int, most: int) -> li
     return [ranked[first::count].sort().values for first in range(count)]
 
 
-def _neurons(units: Tensor, width: int) -> Tensor:
+def neurons_of(units: Tensor, width: int) -> Tensor:
     """Return the neurons of some units."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

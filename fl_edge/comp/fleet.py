@@ -11,6 +11,7 @@ from fl_edge.comp.config import CompConfig
 from fl_edge.comp.outline import Sizes, Source, draw_outline
 from fl_edge.comp.similarity import Similarity
 from fl_edge.comp.survey import NONE, Loss
+from fl_edge.comp.workbench import Workbench
 from fl_edge.config import setting
 
 
@@ -49,7 +50,7 @@ class FleetConfig(CompConfig):
         return replace(CompConfig(**chosen), ratio=ratio)
 
 
-def check_ratio(config: CompConfig, sizes: Sizes) -> None:
+def check_ratio(config: CompConfig, bench: Workbench) -> None:
     """Refuse a ratio that no plan can meet, whatever the texts say.
 
     Raises
@@ -57,7 +58,9 @@ def check_ratio(config: CompConfig, sizes: Sizes) -> None:
     ConfigError
         More layers than may go, or more of the others than may.
     """
-    draw_outline(config, sizes, cast("Source", _Unmeasured(len(sizes.full.layers))))
+    config = replace(config, allocation="importance")  # how the budget is shared does not change what can be met
+    sizes = Sizes(bench)
+    draw_outline(config, sizes, bench, cast("Source", _Unmeasured(len(sizes.full.layers))))
 
 
 class _Unmeasured:
@@ -67,7 +70,7 @@ class _Unmeasured:
         self._layers = range(layers)
 
     def similarities(self, removed: tuple[int, ...]) -> Mapping[int, Similarity]:
-        return {layer: Similarity(1, 0.0, 0.0, 1.0, 1.0) for layer in self._layers if layer not in removed}
+        return {layer: Similarity(1, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0) for layer in self._layers if layer not in removed}
 
     def losses(self, removed: tuple[int, ...], candidates: tuple[int, ...]) -> Mapping[int, Loss]:
         return {layer: Loss(1, 1.0) for layer in candidates if layer not in removed} | {NONE: Loss(1, 0.0)}

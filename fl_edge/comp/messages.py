@@ -194,8 +194,11 @@ def checked_answer(
 
 
 def _question(asked: dict[str, Any]) -> Question:
-    kind = _KINDS[asked.pop("kind")]
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()})
+    kind: Any = _KINDS[asked.pop("kind")]
+    found: Question = kind(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
+    )
+    return found
 
 
 def _key(key: Any) -> list[Any]:
@@ -238,7 +241,8 @@ def _possible(each: Similarity | Loss) -> bool:
     if isinstance(each, Loss):
         return each.total >= 0
     most = math.sqrt(max(each.before, 0.0) * max(each.after, 0.0)) * (1 + _SLACK)
-    return min(each.before, each.after) >= 0 and abs(each.products) <= most and abs(each.cosines) <= 1.001 * each.tokens
+    cosines = max(map(abs, (each.cosines, each.heads, each.channels)))
+    return min(each.before, each.after) >= 0 and abs(each.products) <= most and cosines <= 1.001 * each.tokens
 
 
 def _checked_sums(

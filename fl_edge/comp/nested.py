@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fl_edge.comp.checkpoint import Checkpoint
-from fl_edge.comp.classes import NestedSource, SizeClass, class_configs, class_name, draw_outlines, prune_classes
+from fl_edge.comp.classes import SizeClass, class_configs, class_name, draw_outlines, prune_classes
 from fl_edge.comp.config import CompConfig
 from fl_edge.comp.course import LayerReport, Progress, check_met
 from fl_edge.comp.memory import peak_bytes
-from fl_edge.comp.outline import Outline, Sizes
+from fl_edge.comp.outline import Outline, Sizes, Source
 from fl_edge.comp.output import Output, apart, parameters, space_for
 from fl_edge.comp.run import Result, finish, finished
 from fl_edge.comp.state import Clock, drop_state, keep_state, kept_state
@@ -30,7 +30,7 @@ def prune_nested(
     out: Path,
     config: CompConfig,
     ratios: Sequence[float],
-    source_of: Callable[[Workbench], NestedSource],
+    source_of: Callable[[Workbench], Source],
     *,
     key: str,
     device: torch.device,
@@ -77,7 +77,7 @@ def prune_nested(
     if kept is None:
         remaining = sum(before - each.ratio * sizes.total for each in configs)
         space_for(out, remaining * checkpoint.dtype.itemsize)
-        outlines, courses = draw_outlines(configs, sizes, source), [Progress() for _ in configs]
+        outlines, courses = draw_outlines(configs, sizes, bench, source), [Progress() for _ in configs]
     else:
         outlines = [Outline.from_record(each) for each in kept[0]["outlines"]]
         courses = [Progress.from_record(each) for each in kept[0]["progress"]]

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fl_edge.comp.allocation import choose_layers, layer_ratios, layers_to_remove
+from fl_edge.comp.allocation import Key, choose_layers, layer_ratios, layers_to_remove, spread
 from fl_edge.comp.config import CompConfig
+from fl_edge.comp.curves import loss_curve
 from fl_edge.comp.decision import Decision
 from fl_edge.comp.similarity import Similarity
 from fl_edge.comp.statistics import Statistics
@@ -18,7 +19,7 @@ from fl_edge.comp.workbench import Workbench
 from fl_edge.pruning import Unit, unit_params
 from fl_edge.pruning.plan import UNITS
 
-_OF_LAYERS = ("importance", "growth", "ratios")
+_OF_LAYERS = ("importance", "growth", "ratios", "heads")
 
 
 class Source(Protocol):
@@ -35,6 +36,9 @@ class Source(Protocol):
 
     def skip(self, layer: int, growth: float) -> None:
         """Pass a layer that is removed; it is loaded."""
+
+    def both(self, layer: int) -> Mapping[Unit, Statistics]:
+        """Return both maps' statistics in the dense model, their own outputs wanted, and pass the loaded layer."""
 
     def statistics(self, layer: int, unit: Unit) -> Statistics:
         """Return the statistics of the map that units flow into; the layer is loaded."""
@@ -62,7 +66,9 @@ class Outline:
     growth
         For each removed layer, by what factor what follows is to be scaled down.
     ratios
-        For each layer that stays.
+        Part of its parameters that each layer that stays loses.
+    heads
+        How many heads each of them loses.
     budget
         Parameters to remove from the layers that stay.
     """
@@ -71,6 +77,7 @@ class Outline:
     importance: dict[int, float]
     growth: dict[int, float]
     ratios: dict[int, float]
+    heads: dict[int, int]
     budget: float
 
     def to_record(self) -> dict[str, Any]:
@@ -113,6 +120,7 @@ class Importance:
     def __init__(self, config: CompConfig, count: int, source: Source) -> None:
         self._config, self._count, self._source = config, count, source
         self._known: dict[tuple[int, ...], dict[int, float]] = {}
+        self._similarities: dict[tuple[int, ...], Mapping[int, Similarity]] = {}
         self._grown: dict[int, float] = {}
         self.candidates = tuple(range(config.protect_first, count - config.protect_last))
 
@@ -130,6 +138,13 @@ class Importance:
             self._similar(())
         return {layer: self._grown[layer] for layer in removed}
 
+    def turns(self, removed: tuple[int, ...]) -> dict[Key, float]:
+        """Return by how much the halves of the layers that are left turn the hidden states."""
+        if self._config.allocation != "curves":
+            return {}
+        similar = self._similarities.get(removed) or self._similar(removed)
+        return {(layer, unit): each.turn(unit) for layer, each in similar.items() for unit in UNITS}
+
     def _measured(self, removed: tuple[int, ...]) -> dict[int, float]:
         if self._config.layer_rule == "loss":
             left = tuple(layer for layer in range(self._count) if layer not in removed)
@@ -138,12 +153,109 @@ class Importance:
         return {layer: each.importance(self._config.similarity) for layer, each in self._similar(removed).items()}
 
     def _similar(self, removed: tuple[int, ...]) -> Mapping[int, Similarity]:
-        found = self._source.similarities(removed)
+        found = self._similarities[removed] = self._source.similarities(removed)
         self._grown.update((layer, each.growth) for layer, each in found.items())
         return found
 
 
-def draw_outline(config: CompConfig, sizes: Sizes, source: Source) -> Outline:
+class Budget:
+    """Shares out what the layers that stay have to lose.
+
+    Parameters
+    ----------
+    config
+        Settings; ratio and shares of layers do not matter here.
+    sizes
+        Of the model.
+    bench, source
+        On which curves are measured, once, where the settings want them.
+    """
+
+    def __init__(self, config: CompConfig, sizes: Sizes, bench: Workbench, source: Source) -> None:
+        self._config, self._sizes, self._bench, self._source = config, sizes, bench, source
+        self._units: tuple[Unit, ...] = UNITS if config.prune_attention else ("channels",)
+        self._curves: dict[Key, list[tuple[int, float]]] = {}
+
+    def share_out(
+        self, budget: float, importance: Mapping[int, float], turns: Mapping[Key, float], least: Mapping[Key, int]
+    ) -> tuple[dict[int, float], dict[int, int]]:
+        """Return what part of its parameters, and how many heads, each layer that stays loses.
+
+        Parameters
+        ----------
+        budget
+            Parameters to remove from the layers that stay.
+        importance
+            Of these layers.
+        turns
+            Of their halves.
+        least
+            Units that go in any case.
+
+        Raises
+        ------
+        ConfigError
+            A budget that the layers cannot meet.
+        """
+        share = self._by_curves if self._config.allocation == "curves" else self._by_importance
+        parts, heads = share(budget, importance, turns, least)
+        return {layer: part / self._sizes.layer(layer) for layer, part in parts.items()}, heads
+
+    def _by_importance(
+        self, budget: float, importance: Mapping[int, float], _turns: Mapping[Key, float], least: Mapping[Key, int]
+    ) -> tuple[dict[int, float], dict[int, int]]:
+        wholes = {layer: self._sizes.layer(layer, self._units) for layer in importance}
+        floors = {
+            layer: sum(least.get((layer, unit), 0) * self._sizes.units[layer][unit] for unit in UNITS) / whole
+            for layer, whole in wholes.items()
+        }
+        found = layer_ratios(
+            list(importance.values()),
+            list(wholes.values()),
+            budget,
+            self._config.alpha,
+            self._config.max_layer_ratio,
+            list(floors.values()),
+        )
+        ratios = dict(zip(importance, found, strict=True))
+        totals = {layer: self._sizes.full.total(layer, "heads") for layer in ratios}
+        heads = {layer: min(round(ratio * totals[layer]), totals[layer] - 1) for layer, ratio in ratios.items()}
+        if "heads" not in self._units:
+            heads = dict.fromkeys(heads, 0)
+        return {layer: ratio * wholes[layer] for layer, ratio in ratios.items()}, heads
+
+    def _by_curves(
+        self, budget: float, importance: Mapping[int, float], turns: Mapping[Key, float], least: Mapping[Key, int]
+    ) -> tuple[dict[int, float], dict[int, int]]:
+        measured = self._measured()
+        curves = {
+            (layer, unit): [(count, lost * turns[layer, unit]) for count, lost in measured[layer, unit]]
+            for layer in importance
+            for unit in self._units
+        }
+        sizes = {(layer, unit): self._sizes.units[layer][unit] for layer, unit in curves}
+        taken = spread(curves, sizes, budget, {key: least.get(key, 0) for key in curves})
+        parts = dict.fromkeys(importance, 0.0)
+        for (layer, unit), count in taken.items():
+            parts[layer] += count * sizes[layer, unit]
+        return parts, {layer: taken.get((layer, "heads"), 0) for layer in importance}
+
+    def _measured(self) -> dict[Key, list[tuple[int, float]]]:
+        """Return the curves of all layers, as far as the settings let units go; one pass."""
+        if not self._curves:
+            self._source.begin()
+            for layer in range(len(self._sizes.full.layers)):
+                self._bench.open(layer)
+                for unit, statistics in self._source.both(layer).items():
+                    linear, width = self._bench.consumer(layer, unit), self._bench.member(layer, unit).width
+                    curve = loss_curve(statistics, linear.weight, linear.bias, width, self._config)
+                    most = int(self._config.max_layer_ratio * self._sizes.full.total(layer, unit))
+                    self._curves[layer, unit] = [point for point in curve if point[0] <= most]
+                self._bench.checkpoint.release(layer)
+        return self._curves
+
+
+def draw_outline(config: CompConfig, sizes: Sizes, bench: Workbench, source: Source) -> Outline:
     """Measure the layers, choose those that go, and share the rest of the budget out.
 
     Raises
@@ -155,21 +267,7 @@ def draw_outline(config: CompConfig, sizes: Sizes, source: Source) -> Outline:
     measure = Importance(config, count, source)
     goal = layers_to_remove(config.ratio, config.layer_share, count)
     removed = choose_layers(goal, measure.candidates, measure, config.iterative_layers)
-    importance = measure(removed)
-    kept = [layer for layer in range(count) if layer not in removed]
-    units: tuple[Unit, ...] = UNITS if config.prune_attention else ("channels",)
+    kept = {layer: value for layer, value in measure(removed).items() if layer not in removed}
     budget = config.ratio * sizes.total - sum(map(sizes.layer, removed))
-    ratios = layer_ratios(
-        [importance[layer] for layer in kept],
-        [sizes.layer(layer, units) for layer in kept],
-        budget,
-        config.alpha,
-        config.max_layer_ratio,
-    )
-    return Outline(
-        removed,
-        {layer: importance[layer] for layer in kept},
-        measure.growth(removed),
-        dict(zip(kept, ratios, strict=True)),
-        budget,
-    )
+    shares = Budget(config, sizes, bench, source).share_out(budget, kept, measure.turns(removed), {})
+    return Outline(removed, kept, measure.growth(removed), *shares, budget)

@@ -17,9 +17,11 @@ from fl_edge.comp.decision import Decision
 from fl_edge.comp.history import History, Step
 from fl_edge.comp.similarity import Similarity
 from fl_edge.comp.statistics import Statistics
+from fl_edge.comp.sums import Sums
 from fl_edge.comp.survey import Loss
 from fl_edge.comp.workbench import Workbench
 from fl_edge.pruning import Unit
+from fl_edge.pruning.plan import UNITS
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,14 @@ class PooledSource:
         Puts a question to all devices and returns at least one answer, always in the same order of devices.
     history
         Where the decisions go, for the devices to follow.
+    most_bytes
+        Of an answer about several layers of the dense model, counted in float32; one layer may be more. A small model
+        goes into one exchange, since no layer waits for another there; a large one takes an exchange a layer.
     """
 
-    def __init__(self, bench: Workbench, ask: Ask, history: History) -> None:
-        self._bench, self._ask, self._history = bench, ask, history
+    def __init__(self, bench: Workbench, ask: Ask, history: History, most_bytes: int) -> None:
+        self._bench, self._ask, self._history, self._most_bytes = bench, ask, history, most_bytes
+        self._ahead: dict[tuple[int, Unit], Sums] = {}
 
     def similarities(self, removed: tuple[int, ...]) -> Mapping[int, Similarity]:
         """Return the similarity of every layer's input and output in the model without some layers."""
@@ -94,6 +100,16 @@ class PooledSource:
     def skip(self, layer: int, growth: float) -> None:
         """Pass a layer that is removed."""
         self._history.append(Step(layer, None, growth))
+
+    def both(self, layer: int) -> Mapping[Unit, Statistics]:
+        """Return both maps' statistics in the dense model, their own outputs wanted; the layer is loaded."""
+        if (layer, UNITS[0]) not in self._ahead:
+            self._ahead = self._pooled(Dense(self._next(layer)))
+        found = {}
+        for unit in UNITS:
+            linear = self._bench.consumer(layer, unit)
+            found[unit] = self._ahead.pop((layer, unit)).expand(linear.weight, linear.bias)
+        return found
 
     def statistics(self, layer: int, unit: Unit) -> Statistics:
         """Return the statistics of the map that units flow into; the layer is loaded."""
@@ -113,6 +129,12 @@ class PooledSource:
     def restore(self, tensors: Mapping[str, Tensor], scale: float) -> None:  # noqa: ARG002 - devices keep it
         """Stand where a snapshot was taken; devices follow from wherever they are."""
         self._history.truncate(int(tensors["steps"]))
+
+    def _next(self, layer: int) -> tuple[int, ...]:
+        widths = [self._bench.consumer(layer, unit).in_features for unit in UNITS]
+        one = 4 * sum(width * (width + 1) // 2 + width for width in widths)
+        last = min(layer + max(self._most_bytes // one, 1), self._bench.checkpoint.num_layers)
+        return tuple(range(layer, last))
 
     def _pooled(self, question: Question) -> dict[Any, Any]:
         return pool(self._ask(question))

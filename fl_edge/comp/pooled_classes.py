@@ -1,7 +1,6 @@
 """Every size class at once on the texts of many devices; nothing but the decisions is kept, since devices write models.
 
-Sums are of the dense model, so layers need not wait for each other: as many go into one exchange as its size allows,
-all of a small model, one of a large one. *Ours*.
+Sums are of the dense model, so layers need not wait for each other. *Ours*.
 """
 
 from __future__ import annotations
@@ -20,12 +19,9 @@ from fl_edge.comp.course import LayerReport, Progress, check_met
 from fl_edge.comp.decision import Decision
 from fl_edge.comp.history import History, Step
 from fl_edge.comp.outline import Sizes
-from fl_edge.comp.pooled import Ask, Dense, PooledSource, pool
-from fl_edge.comp.statistics import Statistics
-from fl_edge.comp.sums import Sums
+from fl_edge.comp.pooled import Ask, PooledSource
 from fl_edge.comp.workbench import Workbench
 from fl_edge.pruning import PruningPlan, Unit
-from fl_edge.pruning.plan import UNITS
 
 OnLayer = Callable[[LayerReport, int], None]
 
@@ -54,7 +50,7 @@ def prune_pooled_classes(
     histories
         Where the decisions of each class go, empty.
     most_bytes
-        Of an answer, counted in float32, as far as one layer allows.
+        As for :class:`~fl_edge.comp.pooled.PooledSource`.
     on_layer
         Called after each layer with its report in the smallest class and the number of layers.
 
@@ -67,8 +63,8 @@ def prune_pooled_classes(
     """
     assert isinstance(bench, _Recording)
     configs, sizes = class_configs(config, ratios), Sizes(bench)
-    source = _Source(bench, ask, most_bytes)
-    outlines = draw_outlines(configs, sizes, source)
+    source = _Source(bench, ask, History(Path()), most_bytes)
+    outlines = draw_outlines(configs, sizes, bench, source)
     classes = [SizeClass(each, outline, Progress()) for each, outline in zip(configs, outlines, strict=True)]
 
     def write(each: SizeClass, tensors: dict[str, Tensor]) -> None:
@@ -106,28 +102,7 @@ class _Recording(Workbench):
 
 
 class _Source(PooledSource):
-    """Measures the dense model, several layers ahead where they fit into one answer."""
-
-    def __init__(self, bench: Workbench, ask: Ask, most_bytes: int) -> None:
-        super().__init__(bench, ask, History(Path()))
-        self._most_bytes = most_bytes
-        self._ahead: dict[tuple[int, Unit], Sums] = {}
+    """Measures the dense model only, so that nothing has to be followed on the way."""
 
     def skip(self, layer: int, growth: float) -> None:
         """Pass a layer that no class has."""
-
-    def both(self, layer: int) -> Mapping[Unit, Statistics]:
-        """Return both maps' statistics in the dense model; the layer is loaded."""
-        if (layer, UNITS[0]) not in self._ahead:
-            self._ahead = pool(self._ask(Dense(self._next(layer))))
-        found = {}
-        for unit in UNITS:
-            linear = self._bench.consumer(layer, unit)
-            found[unit] = self._ahead.pop((layer, unit)).expand(linear.weight, linear.bias)
-        return found
-
-    def _next(self, layer: int) -> tuple[int, ...]:
-        widths = [self._bench.consumer(layer, unit).in_features for unit in UNITS]
-        one = 4 * sum(width * (width + 1) // 2 + width for width in widths)
-        last = min(layer + max(self._most_bytes // one, 1), self._bench.checkpoint.num_layers)
-        return tuple(range(layer, last))

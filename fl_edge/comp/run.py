@@ -159,7 +159,7 @@ def prune_checkpoint(
     if kept is None:
         needed = (before - config.ratio * sizes.total) * checkpoint.dtype.itemsize
         space_for(out, needed)
-        outline, progress = draw_outline(config, sizes, source), Progress()
+        outline, progress = draw_outline(config, sizes, bench, source), Progress()
     else:
         outline, progress = Outline.from_record(kept[0]["outline"]), Progress.from_record(kept[0]["progress"])
         clock.go_on(kept[0])

@@ -6,10 +6,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fl_edge.comp.checkpoint import Checkpoint
 from fl_edge.comp.similarity import Similarity
+from fl_edge.comp.watching import watched
+from fl_edge.pruning import members
 
 NONE = -1  # in place of a layer: no other layer is left out
 _CHUNK_TOKENS = 2048  # that go through a layer at once
@@ -45,13 +47,17 @@ def similarities(checkpoint: Checkpoint, tokens: Tensor, removed: Collection[int
         Layers that are left out.
     """
     hidden, found = checkpoint.embed(tokens), dict[int, Similarity]()
+    leaving_attention = {m.layer: m.path for m in members(checkpoint.skeleton) if (m.unit, m.axis) == ("heads", 1)}
     for layer in range(checkpoint.num_layers):
         if layer in removed:
             continue
         checkpoint.load(layer)
         for rows in chunks(tokens):
-            leaving = checkpoint.run(layer, hidden[rows])
-            part = Similarity.of(hidden[rows], leaving)
+            entering = hidden[rows]
+            linear: nn.Linear = checkpoint.skeleton.get_submodule(leaving_attention[layer])
+            with watched(linear, entering) as attention:
+                leaving = checkpoint.run(layer, entering)
+            part = Similarity.of(entering, entering + attention.outputs, leaving)
             found[layer] = found[layer] + part if layer in found else part
             hidden[rows] = leaving
         checkpoint.release(layer)

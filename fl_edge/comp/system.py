@@ -105,6 +105,12 @@ class Solution:
     values: Tensor
     inverse: Tensor
 
+    def rise(self, removed: Tensor) -> float:
+        """Return by how much the damped squared error rises when more unknowns are zero; see :meth:`without`."""
+        factor = torch.linalg.cholesky(self.inverse[removed][:, removed])
+        values = self.values[removed]
+        return float((values * torch.cholesky_solve(values, factor)).sum())
+
     def without(self, removed: Tensor) -> Solution:
         """Return the solution when more unknowns are zero.
 

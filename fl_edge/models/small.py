@@ -203,7 +203,7 @@ def _decoder(recipe: Recipe, name: str, folder: Path) -> PreTrainedModel:
         initializer_range=0.02,
     )
     with torch.random.fork_rng(devices=[]):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call]
     initialise(model, dict(model.named_parameters()), torch_rng(_SEED, "pretraining", name))
     order = _stretches(tokens, recipe.positions // 4, recipe.batch_size, torch_rng(_SEED, "batches", name))
     pretrain(model, lambda batch: model(**batch).loss, order, recipe.steps, recipe.rate, name, {})

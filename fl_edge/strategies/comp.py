@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from fl_edge.comp.checkpoint import Checkpoint
 from fl_edge.comp.course import LayerReport
@@ -22,7 +23,6 @@ from fl_edge.comp.fleet import FleetConfig, check_ratio
 from fl_edge.comp.history import History
 from fl_edge.comp.messages import config_text, plan_text
 from fl_edge.comp.outcome import Outcome, base_digest
-from fl_edge.comp.outline import Sizes
 from fl_edge.comp.pooled import PooledSource
 from fl_edge.comp.pooled_classes import prune_pooled_classes, recording
 from fl_edge.comp.report import CompReport, DeviceRow, LayerRow
@@ -34,7 +34,7 @@ from fl_edge.edge.traffic import Traffic
 from fl_edge.errors import ReplyError
 from fl_edge.link.content import config_of
 from fl_edge.pruning import PruningPlan
-from fl_edge.strategies.crowd import Crowd, Member
+from fl_edge.strategies.crowd import Crowd, Member, Orders
 from fl_edge.strategies.exchange import wait_for_nodes
 from fl_edge.strategies.roster import Roster
 
@@ -90,9 +90,8 @@ class Comp:
         self.accelerator, self.threads = torch.device(accelerator), threads
         self.observers = list(observers)
         self.bench = Workbench(Checkpoint(base, self.accelerator))
-        sizes = Sizes(self.bench)
         for ratio in self.config.each_ratio:
-            check_ratio(self.config.method(ratio), sizes)
+            check_ratio(self.config.method(ratio), self.bench)
         self.report = CompReport(self.config.mode)
         self._roster = Roster("query.comp_describe")
         self._tokens: dict[str, int] = {}
@@ -142,14 +141,12 @@ class Comp:
 
     def _prune_locally(self, crowd: Crowd, done: Collection[str]) -> None:
         ratios = self._dealt()
-        orders = {
-            device: ({"config": config_text(self.config.method(ratios[device]))}, {})
-            for device in crowd.members
-            if device not in done
-        }
+        asked = [device for device in crowd.members if device not in done]
+        orders: Orders = {device: ({"config": config_text(self.config.method(ratios[device]))}, {}) for device in asked}
         for device, reply in crowd.exchange("train.comp_prune", orders):
-            crowd.checked(device, lambda d=device, r=reply: self._done(crowd, d, ratios[d], r))
-        crowd.enough(len(self.report.devices) + len(done))
+            with crowd.losing(device):
+                self._done(crowd, device, ratios[device], reply)
+        crowd.enough(len(self.report.devices))
 
     def _prune_together(self, crowd: Crowd, _done: Collection[str]) -> None:
         config = self.config.method(self.config.ratio)
@@ -157,7 +154,7 @@ class Comp:
 
         def source_of(bench: Workbench) -> PooledSource:
             crowd.measure(config, bench, history)
-            return PooledSource(bench, crowd.ask, history)
+            return PooledSource(bench, crowd.ask, history, self.config.message_mib * _MIB)
 
         result = prune_checkpoint(
             self.base,
@@ -210,7 +207,7 @@ class Comp:
         """Send every device what it has not followed, and let it make its model of it."""
         waiting = list(crowd.members)
         while waiting:
-            orders = {}
+            orders: dict[str, tuple[Mapping[str, Any], Mapping[str, Tensor]]] = {}
             for device in waiting:
                 history, plan = decided[ratios[device]]
                 order = crowd.order(device, None, history)
@@ -218,11 +215,12 @@ class Comp:
                 orders[device] = ({**order.to_config(), **more}, order.to_tensors())
             waiting = []
             for device, reply in crowd.exchange("train.comp_finish", orders):
-                if "plan" in config_of(reply):
-                    crowd.checked(device, lambda d=device, r=reply: self._done(crowd, d, ratios[d], r))
-                else:
-                    crowd.checked(device, lambda d=device, r=reply: crowd.moved(d, r))
-                    waiting += [device] if device in crowd.members else []
+                with crowd.losing(device):
+                    if "plan" in config_of(reply):
+                        self._done(crowd, device, ratios[device], reply)
+                    else:
+                        crowd.moved(device, reply)
+                        waiting.append(device)
         crowd.enough(len(self.report.devices))
 
     def _done(self, crowd: Crowd, device: str, ratio: float, reply: Message) -> None:
