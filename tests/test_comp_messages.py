@@ -30,7 +30,7 @@ from fl_edge.comp.sums import Form, Sums, form_of
 from fl_edge.comp.survey import NONE, Loss
 from fl_edge.errors import ReplyError, RunFolderError
 from fl_edge.pruning import LayerPlan, PruningPlan
-from tests.tiny_comp import configured, draw_layer
+from tests.tiny_comp_core import configured, draw_layer
 
 BIAS = torch.linspace(-1, 1, 5, dtype=torch.float64)
 FULL = PruningPlan("llama", (4, 4), (6, 6), (LayerPlan((0, 1, 2, 3), (0, 1, 2, 3, 4, 5)),) * 2)
@@ -116,7 +116,7 @@ def test_a_step_folds_as_its_decision_does() -> None:
     mask, bias = torch.rand(3, dtype=torch.float64) + 0.5, torch.randn(4, dtype=torch.float64)
     weight = torch.randn(4, 3, dtype=torch.float64)
     for tensors in ({"mask": mask}, {"weight": weight, "bias": bias}):
-        original = Decision((0, 3, 8), **{"mask": None, "weight": None, "bias": None, **tensors},  # type: ignore[arg-type]
+        original = Decision((0, 3, 8), **{"mask": None, "weight": None, "bias": None, **tensors},
                             order=(), guarded=False, variance=0.0, untuned=0.0, tuned=0.0)  # fmt: skip
         original.fold(linear)
         sent = Step.of(0, "channels", original, torch.bfloat16)
@@ -244,8 +244,13 @@ def test_a_forged_answer_is_refused_in_one_line(edit: Any, says: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def similarity() -> Similarity:
+    given = {"tokens": 30, "cosines": 20.0, "products": -3.0, "before": 9.0, "after": 4.0}
+    return Similarity(**{name: given.get(name, 0.0) for name in Similarity.__dataclass_fields__})  # type: ignore[arg-type]
+
+
 def test_plain_sums_come_back_and_what_no_text_gives_is_refused() -> None:
-    similar = {0: Similarity(30, 20.0, -3.0, 9.0, 4.0), 2: Similarity(30, 1.0, 1.0, 9.0, 4.0)}
+    similar = {0: similarity(), 2: dataclasses.replace(similarity(), cosines=1.0, products=1.0)}
     losses = {NONE: Loss(30, 12.0), 0: Loss(30, 0.0)}
     assert check(answer_config(similar), {}, Similar((1,))) == similar
     assert check(answer_config(losses), {}, Skipped((1,), (0,))) == losses

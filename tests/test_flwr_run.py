@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from fl_edge.checkpoints import load_checkpoint
 from simulations.deployment import free_ports
 from simulations.launch import APP, stop_superlink, superlink_family
-from tests import fedspine_scenario
+from tests import comp_scenario, fedspine_scenario
 from tests.scenarios import SMALL, locally
 from tests.tiny import same_bits
 
@@ -89,6 +90,26 @@ def test_fedspine_ends_with_the_bits_of_a_local_grid(launcher: Launcher, tmp_pat
     assert kept is not None
     assert same_bits(kept.weights, local["weights"])
     assert kept.record == local["record"]
+
+
+def test_comp_together_ends_with_the_bits_of_a_local_grid(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**comp_scenario.make_files(tmp_path / "files"), "comp.mode": "federated"}
+    status, output = launcher.run(name="ray", **{**dict.fromkeys(SMALL), **settings})
+    assert status == 0, output
+    assert "layer 4/4" in output
+    assert "Models on the devices, before and after" in output
+    monkeypatch.setenv("FL_EDGE_CACHE", str(tmp_path / "cache of the grid"))
+    report = comp_scenario.locally(tmp_path, settings)
+    files = sorted((tmp_path / "local" / "model").glob("*.safetensors"))
+    assert files
+    for file in files:
+        kept = load_file(file)
+        assert same_bits(load_file(tmp_path / "runs" / "ray" / "model" / file.name), kept)
+        for row in report.devices:
+            (own,) = (tmp_path / "cache" / "comp" / row.device).glob(f"*/{file.name}")
+            assert same_bits(load_file(own), kept)
 
 
 def test_a_run_killed_at_work_resumes_to_the_same_bits(launcher: Launcher, tmp_path: Path) -> None:

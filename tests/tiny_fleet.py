@@ -20,7 +20,7 @@ from fl_edge.comp.report import CompReport
 from fl_edge.link import LocalGrid
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.strategies.comp import Comp
-from tests.tiny_comp import PLAIN, draw_tokens, save
+from tests.tiny_comp_core import PLAIN, draw_tokens, save
 
 SEQUENCES = (2, 5, 9)  # of the devices
 LENGTH = 24
@@ -44,7 +44,7 @@ class Fleet:
     """A model on disk, and devices that have it."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
-        self.folder, self.base = folder, save(folder / "base", **changes)
+        self.folder, self.base = folder, save(folder / "base", intermediate_size=96, **changes)
         digest = base_digest(self.base)
         self.work = [
             CompWorkload(
@@ -74,11 +74,11 @@ class Fleet:
         self, *, app: Any = None, faults: Any = None, grid: LocalGrid | None = None, name: str = "out", **changes: Any
     ) -> CompReport:
         """Prune on a LocalGrid."""
-        strategy = self.strategy(name, **changes)
-        return strategy.start(grid or LocalGrid(app or self.app(), len(self.work), faults=faults))
+        grid = grid or LocalGrid(app or self.app(), len(self.work), faults=faults)
+        return self.strategy(**changes).start(grid, self.folder / name)
 
-    def strategy(self, name: str = "out", **changes: Any) -> Comp:
-        return Comp(self.base, settings(**changes), out=self.folder / name, patience_s=1, observers=[lambda row: None])
+    def strategy(self, **changes: Any) -> Comp:
+        return Comp(self.base, settings(**changes), patience_s=1, observers=[lambda row: None])
 
 
 def tampered(app: Any, change: Change, node: int = 0, action: str = "train.comp_answer", after: int = 0) -> Any:

@@ -204,6 +204,7 @@ class CompClient:
                 device.restore(held, record)
             except ReplyError as error:
                 log.warning("%s starts again from the first decision: %s", work.device, error)
+                del context.state[STATE]
             else:
                 return device
         return Device(work.base, folder, work.calibration, order.config, place)

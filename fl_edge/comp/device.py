@@ -130,12 +130,13 @@ class Device:
             self._onlooker.restore(tensors, int(record["looked"]))
             return
         self._participant = self._make(measures=bool(record["measures"]))
-        where = (int(record[name]) for name in ("steps", "layer", "place"))
-        self._participant.restore(tensors, *where, float(record["scale"]))
+        steps, layer, place = (int(record[name]) for name in ("steps", "layer", "place"))
+        self._participant.restore(tensors, steps, layer, place, float(record["scale"]))
 
     def _begun(self, measures: bool) -> Participant:
         if self._participant is None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            self._onlooker = Onlooker(self._bench, self._tokens)  # gives its hidden states back
             self._participant = self._make(measures)
             self._participant.begin()
         return self._participant

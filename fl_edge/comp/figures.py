@@ -39,8 +39,8 @@ def measured(base: Path, pruned: Path, test: Tensor, device: torch.device) -> Fi
     with quiet():
         before = _figures(AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True), test, device)
     after = _figures(load_pruned(pruned), test, device)
-    pairs = (tuple(pair) for pair in zip(before, after, strict=True))
-    return Figures(*pairs, peak_bytes=peak)
+    parameters_, perplexity, latency_s, memory = zip(before, after, strict=True)
+    return Figures(parameters_, perplexity, latency_s, memory, peak)
 
 
 @torch.inference_mode()
@@ -52,7 +52,7 @@ def _figures(model: Any, test: Tensor, device: torch.device) -> tuple[float, flo
 
 def _perplexity(model: Any, test: Tensor, device: torch.device) -> float:
     total = 0.0
-    for rows in test.split(max(1, _BATCH_TOKENS // test.shape[1])):
+    for rows in torch.split(test, max(1, _BATCH_TOKENS // test.shape[1])):
         tokens = rows.to(device)
         logits = model(tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
         nll = nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")

@@ -72,7 +72,7 @@ class DeviceRow:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DeviceRow:
         """Undo :meth:`to_record`."""
-        pairs = {name: tuple(v) if isinstance(v, list) else v for name, v in record["figures"].items()}
+        pairs: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record["figures"].items()}
         plan = PruningPlan.from_record(record["plan"])
         outcome = Outcome(plan, record["folder"], record["seconds"], record["bytes_read"], Figures(**pairs))
         return cls(record["device"], record["ratio"], outcome)

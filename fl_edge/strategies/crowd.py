@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from fl_edge.comp.config import CompConfig
 from fl_edge.comp.fleet import FleetConfig
-from fl_edge.comp.history import History
+from fl_edge.comp.history import History, Step
 from fl_edge.comp.messages import Order, checked_answer
 from fl_edge.comp.outcome import Outcome
-from fl_edge.comp.pooled import Answer, Question
+from fl_edge.comp.pooled import Answer, Measure, Question
 from fl_edge.comp.report import CompReport
-from fl_edge.comp.sums import form_of
+from fl_edge.comp.sums import Form, form_of
 from fl_edge.comp.workbench import Workbench
 from fl_edge.errors import ReplyError, TrainingError
 from fl_edge.link.content import config_of, make_content, tensors_of
@@ -98,20 +99,21 @@ class Crowd:
             orders = {device: self._written(self.order(device, question, self._history)) for device in waiting}
             waiting = []
             for device, reply in self.exchange("train.comp_answer", orders):
-                answer = self.checked(device, lambda r=reply, d=device: self._answer(question, d, r))
-                if answer is not None:
-                    answers[device] = answer
-                elif device in self.members:
-                    waiting.append(device)
+                with self.losing(device):
+                    if (answer := self._answer(question, device, reply)) is None:
+                        waiting.append(device)
+                    else:
+                        answers[device] = answer
         self.enough(len(answers))
         return [answers[device] for device in self.members if device in answers]
 
     def order(self, device: str, question: Question | None, history: History | None) -> Order:
         """Return a question with the decisions that a device has not followed, as far as one message holds them."""
         first = self.members[device].steps
-        steps = [] if history is None else list(history.since(first, len(history), self._config.message_mib * _MIB))
-        measures = self._config.mode == "federated"
-        form = form_of(self._method) if measures else "own"
+        most, steps = self._config.message_mib * _MIB, list[Step]()
+        if history is not None and (question is None or isinstance(question, Measure)):
+            steps = list(history.since(first, len(history), most))
+        measures, form = self._config.mode == "federated", _form(question, self._method)
         return Order(self._session, measures, self._method, question, first, steps, form, self._config.wire)
 
     def exchange(self, kind: str, orders: Orders) -> Iterator[tuple[str, Message]]:
@@ -126,7 +128,8 @@ class Crowd:
                 self._lose(names[node], reply)
                 continue
             member, config = self.members[names[node]], config_of(reply)
-            self._report.up_bytes += self.checked(names[node], lambda r=reply: tensor_bytes(tensors_of(r))) or 0
+            with self.losing(names[node]):
+                self._report.up_bytes += tensor_bytes(tensors_of(reply))
             member.seconds += _number(config.get("handled_s"))
             member.bytes_read += _number(config.get("bytes_read"))
             if names[node] in self.members:
@@ -153,13 +156,13 @@ class Crowd:
         member = self.members[device]
         return replace(outcome, seconds=member.seconds, bytes_read=member.bytes_read)
 
-    def checked(self, device: str, check: Callable[[], Any]) -> Any:
-        """Return what a check of a reply returns; a device whose reply does not pass is lost."""
+    @contextmanager
+    def losing(self, device: str) -> Iterator[None]:
+        """Lose a device whose reply does not pass what is done inside."""
         try:
-            return check()
+            yield
         except (ReplyError, KeyError, TypeError, ValueError) as error:
             self._lose(device, str(error))
-            return None
 
     def enough(self, count: int) -> None:
         """Refuse to go on with too few devices.
@@ -198,10 +201,15 @@ class Crowd:
             return linear.in_features, linear.out_features
 
         member, layers = self.members[device], bench.checkpoint.num_layers
-        form = self.order(device, None, None).form
+        form = _form(question, self._method)
         answer = checked_answer(question, config, tensors_of(reply), form, member.tokens, layers, shape)
         member.steps = int(config["steps"])
         return answer
+
+
+def _form(question: Question | None, method: CompConfig) -> Form:
+    """Return what of the statistics comes back; of the dense model its own output is wanted."""
+    return form_of(method) if isinstance(question, Measure) else "own"
 
 
 def _number(value: Any) -> float:
