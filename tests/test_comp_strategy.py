@@ -74,7 +74,7 @@ class Fresh:
         ("float64", {}),
         ("float32", {"layer_rule": "loss"}),
         ("float32", {"restore": "weights", "target": "stream", "repair": True, "ratio": 0.5}),
-        ("float64", {"target": "own", "bias": True}),
+        ("float64", {"target": "own", "bias": True, "allocation": "curves"}),
     ],
 )
 def test_together_is_as_all_texts_on_one_machine(fleet: Fleet, wire: str, changes: dict[str, Any]) -> None:

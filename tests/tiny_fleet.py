@@ -29,7 +29,8 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 def settings(**changes: Any) -> FleetConfig:
     """Settings that do not move when the defaults do."""
-    return FleetConfig(**{**vars(PLAIN), "ratios": "0.2 0.3", "wire": "float64", **changes})
+    plain = {**vars(PLAIN), "ratio": 0.3, "allocation": "importance"}
+    return FleetConfig(**{**plain, "ratios": "0.2 0.3", "wire": "float64", **changes})
 
 
 def texts() -> list[Tensor]:

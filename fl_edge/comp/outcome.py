@@ -27,9 +27,9 @@ class Figures:
     parameters
         Of the whole model, tied ones once.
     perplexity
-        On the device's test text.
+        On the device's test text; 0 where the model could not be measured in the device's memory.
     latency_s
-        Seconds that a token takes, batch 1.
+        Seconds that a token takes, batch 1; 0 likewise.
     memory_bytes
         Of the weights, as they are in memory.
     peak_bytes
