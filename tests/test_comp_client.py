@@ -95,11 +95,11 @@ def test_steps_out_of_order_are_refused(fleet: Fleet) -> None:
     history = History(fleet.folder / "out" / "checkpoints")
     participant = Participant(open_bench(fleet.base), None, "dense", lambda place, tensors: None)
     participant.begin()
-    with pytest.raises(ReplyError, match="layer 0's channels, which is not the next step"):
+    with pytest.raises(ReplyError, match="channels of layer 0, which is not the next step"):
         participant.follow(history.read(1))
     participant.follow(history.read(0))
     assert not participant.between
-    with pytest.raises(ReplyError, match="layer 0's heads, which is not the next step"):
+    with pytest.raises(ReplyError, match="heads of layer 0, which is not the next step"):
         participant.follow(history.read(0))
     participant.follow(history.read(1))
     assert (participant.steps, participant.layer, participant.place, participant.between) == (2, 1, 1, True)
