@@ -9,8 +9,8 @@ Three kinds of cases; weights are random in the shapes of known models, which is
   for a while, under TMPDIR where that is set.
 * *latency*: decoding and prefill of pruned decoders, in turns with the dense one, by what is pruned: whole layers, or
   heads and channels, the same of every layer or each layer its own; see :mod:`benchmarks.comp_machine_latency`. On the
-  CPU in float32 on one thread, on 8 layers of TinyLlama's shape with its whole vocabulary: 1.9 GB of weights, far
-  beyond any cache, and heads as wide as those of larger models.
+  CPU in float32 on one thread, on 8 of TinyLlama's layers with its whole vocabulary: 1.9 GB of weights, far beyond any
+  cache.
 
 ``faithful`` is COMP without what goes beyond the paper's method, ``recommended`` its default settings. On a GPU the
 same cases run on it, and 7B-shaped ones join in; memory is the device's there, beside the process's own::
