@@ -19,7 +19,7 @@ from fl_edge.models.small import small_model, unseen_sources
 from fl_edge.seeding import torch_rng
 
 MODELS = ("deep-llama", "deep-qwen")
-STEPS, QUICK_STEPS = 3000, 300  # the first trains to a plateau
+STEPS, QUICK_STEPS = 3000, 500  # the first trains to a plateau
 LENGTH = 128  # tokens of a sequence, as many as in pretraining
 CALIBRATION, VALIDATION, TEST = 128, 100, 300  # sequences
 _GENERATED = "gencodec.py"  # made the standard library's tables of characters, which are nearly all the same

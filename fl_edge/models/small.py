@@ -81,8 +81,8 @@ _PUBLIC = (STANDARD_LIBRARY, "sympy", "networkx", "matplotlib", "ray", "flwr", "
 SMALL_MODELS = {
     "small-bert": Recipe("bert", _PUBLIC, 4096, 4, 128, 4, 4, 512, 128, 300, 32, 1e-3, 40),
     "small-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 4, 128, 4, 2, 384, 512, 400, 16, 3e-3, 4000),
-    "deep-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 8, 128, 4, 4, 384, 512, 300, 16, 3e-3, 8000),
-    "deep-qwen": Recipe("qwen3", (STANDARD_LIBRARY,), 2048, 8, 128, 8, 4, 384, 512, 300, 16, 3e-3, 8000),
+    "deep-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 8, 128, 4, 4, 384, 512, 500, 16, 3e-3, 8000),
+    "deep-qwen": Recipe("qwen3", (STANDARD_LIBRARY,), 2048, 8, 128, 8, 4, 384, 512, 500, 16, 3e-3, 8000),
 }
 
 
