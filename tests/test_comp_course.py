@@ -24,7 +24,8 @@ from fl_edge.comp.outline import Outline, Sizes
 from fl_edge.comp.similarity import Similarity
 from fl_edge.comp.statistics import Statistics
 from fl_edge.comp.survey import Loss
-from fl_edge.comp.walker import Walker, watched
+from fl_edge.comp.walker import Walker
+from fl_edge.comp.watching import watched
 from fl_edge.comp.workbench import Workbench
 from fl_edge.errors import ConfigError, DataError
 from fl_edge.pruning import LayerPlan, Unit
@@ -195,6 +196,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "stream, heads left": {"target": "stream", "prune_attention": False, "layer_share": 0.7},
     "repaired": {"repair": True, "layer_share": 0.8, "ratio": 0.5},
     "by loss, again and again": {"layer_rule": "loss", "iterative_layers": True, "repair": True, "ratio": 0.5},
+    "on curves": {"allocation": "curves", "restore": "mask"},
+    "on curves, heads left": {"allocation": "curves", "prune_attention": False, "bias": False},
     "blocks": {"block": 16, "score": "perturbation"},
     "untuned": {"restore": "none", "layer_share": 0.0},
 }
@@ -303,7 +306,11 @@ def test_no_autograd_graph_is_ever_built(folders: dict[str, Path]) -> None:
 
     parts: list[Tensor] = []
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(refuse, lambda packed: packed):
-        for variant in ({}, {"layer_rule": "loss"}, {"restore": "weights", "bias": True, "repair": True}):
+        for variant in (
+            {"allocation": "curves"},
+            {"layer_rule": "loss"},
+            {"restore": "weights", "bias": True, "repair": True},
+        ):
             config = configured(**variant)
             bench = open_bench(folders["llama"])
             source = Recorded(bench, draw_tokens(), config.target)
@@ -405,6 +412,10 @@ class Pooled(TextSource):
         super().begin()
         self.other.begin()
 
+    def both(self, layer: int) -> Mapping[Unit, Statistics]:
+        other = self.other.both(layer)
+        return {unit: each + other[unit] for unit, each in super().both(layer).items()}
+
     def skip(self, layer: int, growth: float) -> None:
         super().skip(layer, growth)
         self.other.skip(layer, growth)
@@ -445,7 +456,7 @@ class Drawn:
     def similarities(self, removed: tuple[int, ...]) -> Mapping[int, Similarity]:
         values = numpy_rng(self.seed, "importance").uniform(0.01, 0.5, LAYERS)
         return {
-            layer: Similarity(1, 1 - float(values[layer]), 0.0, 1.0, 4.0)
+            layer: Similarity(1, 1 - float(values[layer]), 0.0, 1.0, 4.0, 1 - float(values[layer]), 0.9)
             for layer in range(LAYERS)
             if layer not in removed
         }
@@ -460,8 +471,14 @@ class Drawn:
     def skip(self, layer: int, growth: float) -> None:
         self.calls.append(("skip", layer, growth))
 
+    def both(self, layer: int) -> Mapping[Unit, Statistics]:
+        return {unit: self._drawn(layer, unit) for unit in UNITS}
+
     def statistics(self, layer: int, unit: Unit) -> Statistics:
         self.calls.append(("statistics", layer, unit))
+        return self._drawn(layer, unit)
+
+    def _drawn(self, layer: int, unit: Unit) -> Statistics:
         weight = self.bench.consumer(layer, unit).weight.double()
         inputs = torch.linalg.qr(torch.randn(64, weight.shape[1], generator=torch_rng(layer, unit)).double()).Q
         mask = torch.ones(weight.shape[1], dtype=torch.float64)
@@ -500,6 +517,7 @@ def assert_budget(config: CompConfig, bench: Workbench, run: Run) -> None:
     share=st.floats(0, 1),
     alpha=st.sampled_from([0.0, 1.0, 2.0]),
     rule=st.sampled_from(["similarity", "loss"]),
+    allocation=st.sampled_from(["importance", "curves"]),
     attention=st.booleans(),
     restore=st.sampled_from(["mask", "weights", "none"]),
     repair=st.booleans(),
@@ -511,6 +529,7 @@ def test_the_budget_is_met_within_one_percent(
     share: float,
     alpha: float,
     rule: str,
+    allocation: str,
     attention: bool,
     restore: str,
     repair: bool,
@@ -521,6 +540,7 @@ def test_the_budget_is_met_within_one_percent(
         layer_share=share,
         alpha=alpha,
         layer_rule=rule,
+        allocation=allocation,
         prune_attention=attention,
         restore=restore,
         repair=repair,
@@ -558,22 +578,15 @@ def test_a_source_is_asked_in_order(bench: Workbench) -> None:
 
 @pytest.mark.parametrize(("ratio", "heads"), [(0.1, 4), (0.2, 3), (0.5, 2), (0.75, 1)])
 def test_heads_go_by_the_layers_ratio(ratio: float, heads: int, bench: Workbench) -> None:
-    sizes, progress = Sizes(bench), Progress()
-    outline = Outline((), {}, {}, dict.fromkeys(range(LAYERS), ratio), ratio * sizes.total)
-    dict(prune_layers(configured(ratio=ratio), outline, sizes, bench, Drawn(bench), progress))
-    assert {report.heads for report in progress.reports} == {heads}
-    assert abs(progress.owed) <= sizes.units[0]["channels"] / 2
+    run = run_course(configured(ratio=ratio, layer_share=0.0, alpha=0.0), bench, Drawn(bench))
+    assert {report.heads for report in run.progress.reports} == {heads}
+    assert abs(run.progress.owed) <= Sizes(bench).units[0]["channels"] / 2
 
 
 def owing(bench: Workbench, ratio: float, spoiled: tuple[int, ...], **changes: Any) -> Progress:
     """A course of equal ratios without heads, where the guard stops the spoiled layers."""
     config = configured(ratio=ratio, layer_share=0.0, prune_attention=False, max_variance=1e-3, alpha=0.0, **changes)
-    source, sizes, progress = Drawn(bench, spoiled=spoiled), Sizes(bench), Progress()
-    outline = Outline((), {}, {}, dict.fromkeys(range(LAYERS), ratio), ratio * sizes.total)
-    share = ratio * sizes.total / (LAYERS * sizes.layer(0, ("channels",)))
-    outline = replace(outline, ratios=dict.fromkeys(range(LAYERS), share))
-    dict(prune_layers(config, outline, sizes, bench, source, progress))
-    return progress
+    return run_course(config, bench, Drawn(bench, spoiled=spoiled)).progress
 
 
 def test_what_the_guard_keeps_later_layers_lose(bench: Workbench, caplog: pytest.LogCaptureFixture) -> None:
@@ -602,7 +615,8 @@ def test_the_last_layers_guarded_are_an_error_that_names_them(bench: Workbench) 
 def test_too_few_units_are_an_error_that_says_so(bench: Workbench) -> None:
     """One head and one channel stay in every layer."""
     sizes, progress = Sizes(bench), Progress()
-    outline = Outline((), {}, {}, dict.fromkeys(range(LAYERS), 0.95), 0.95 * sizes.total)
+    every = range(LAYERS)
+    outline = Outline((), {}, {}, dict.fromkeys(every, 0.95), dict.fromkeys(every, 3), 0.95 * sizes.total)
     with pytest.raises(DataError, match="too few units") as raised:
         dict(prune_layers(configured(ratio=0.95), outline, sizes, bench, Drawn(bench), progress))
     assert {(report.heads, report.channels) for report in progress.reports} == {(1, 1)}

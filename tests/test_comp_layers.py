@@ -18,18 +18,25 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from fl_edge.comp import survey
-from fl_edge.comp.allocation import choose_layers, layer_ratios, layers_to_remove
+from fl_edge.comp.allocation import Key, choose_layers, layer_ratios, layers_to_remove, spread
 from fl_edge.comp.checkpoint import Checkpoint
+from fl_edge.comp.curves import curve_until, loss_curve
 from fl_edge.comp.local import TextSource
 from fl_edge.comp.outline import Outline, Sizes, draw_outline
 from fl_edge.comp.similarity import Similarity
+from fl_edge.comp.statistics import Statistics
 from fl_edge.comp.survey import NONE, Loss, chunks, similarities, skipped_losses
 from fl_edge.comp.workbench import Workbench
 from fl_edge.errors import ConfigError
+from fl_edge.pruning.plan import UNITS
 from tests.tiny_comp_core import (
     CPU,
+    Layer,
+    bench_units,
     blocks_of,
     configured,
+    consumer,
+    draw_layer,
     draw_tokens,
     load,
     logits_of,
@@ -77,6 +84,9 @@ def test_streamed_importances_are_those_of_the_whole_model(
         leaving = passed[layer].after  # transformers' own list has the last one after the final norm
         assert layer == LAYERS - 1 or torch.equal(leaving, states[layer + 1])
         assert found[layer].importance("mean") == pytest.approx(importance_of(states[layer], leaving), abs=1e-6)
+        middle = states[layer] + passed[layer, "heads"].after
+        assert found[layer].turn("heads") == pytest.approx(importance_of(states[layer], middle), abs=1e-6)
+        assert found[layer].turn("channels") == pytest.approx(importance_of(middle, leaving), abs=1e-6)
         growth = float(leaving[:, 1:].norm() / states[layer][:, 1:].norm())
         assert found[layer].growth == pytest.approx(growth, rel=1e-5)
         assert found[layer].tokens == tokens.shape[0] * (tokens.shape[1] - 1)
@@ -127,7 +137,8 @@ def test_losses_of_texts_add_up(folders: dict[str, Path]) -> None:
     one, two = (skipped_losses(checkpoint, part, (), (1, 2)) for part in (tokens[:1], tokens[1:]))
     for layer, each in whole.items():
         pooled = one[layer] + two[layer]
-        assert (pooled.tokens, pooled.total) == (each.tokens, pytest.approx(each.total, rel=1e-6))
+        assert pooled.tokens == each.tokens
+        assert pooled.total == pytest.approx(each.total, rel=1e-6)
     assert Loss(0, 0.0).mean == 0
 
 
@@ -258,9 +269,127 @@ def test_layers_that_do_not_matter_or_harm_have_a_ratio(level: float) -> None:
 
 def test_a_budget_out_of_reach_is_refused() -> None:
     assert layer_ratios([0.1, 0.2], [10, 10], 16.0, 1.0, 0.8) == pytest.approx([0.8, 0.8])
-    with pytest.raises(ConfigError, match=r"lose 0.850 of their parameters, and may lose 0.8") as raised:
+    with pytest.raises(ConfigError, match="would have to lose 17 parameters, and may lose 16; lower ratio") as raised:
         layer_ratios([0.1, 0.2], [10, 10], 17.0, 1.0, 0.8)
     assert "\n" not in str(raised.value)
+
+
+# curves
+
+KEYS: list[Key] = [(0, "heads"), (0, "channels"), (1, "channels")]
+
+
+def lost(curves: Mapping[Key, list[tuple[int, float]]], taken: Mapping[Key, int]) -> float:
+    return sum(dict(curve)[taken[key]] for key, curve in curves.items())
+
+
+@given(data=st.data(), budget=st.integers(0, 15))
+@settings(max_examples=60, deadline=None)
+def test_on_convex_curves_no_other_spread_loses_less(data: st.DataObject, budget: int) -> None:
+    steps = st.lists(st.floats(0.01, 1), min_size=5, max_size=5).map(sorted)
+    curves = {key: list(enumerate([0.0, *itertools.accumulate(data.draw(steps))])) for key in KEYS}
+    found = spread(curves, dict.fromkeys(KEYS, 7), 7 * budget + 3 if budget < 15 else 105, dict.fromkeys(KEYS, 0))
+    assert sum(found.values()) == budget
+    others = (dict(zip(KEYS, counts, strict=True)) for counts in itertools.product(range(6), repeat=3))
+    best = min(lost(curves, other) for other in others if sum(other.values()) == budget)
+    assert lost(curves, found) == pytest.approx(best)
+
+
+def test_a_unit_counts_by_its_parameters() -> None:
+    """The second kind loses more a unit, and less a parameter."""
+    curves: dict[Key, list[tuple[int, float]]] = {KEYS[0]: [(0, 0.0), (4, 4.0)], KEYS[1]: [(0, 0.0), (4, 8.0)]}
+    sizes = {KEYS[0]: 1, KEYS[1]: 10}
+    assert spread(curves, sizes, 40, dict.fromkeys(sizes, 0)) == {KEYS[0]: 0, KEYS[1]: 4}
+    assert spread(curves, sizes, 35, dict.fromkeys(sizes, 0)) == {KEYS[0]: 4, KEYS[1]: 3}
+    assert spread(curves, sizes, 35, {KEYS[0]: 0, KEYS[1]: 1}) == {KEYS[0]: 4, KEYS[1]: 3}
+    assert spread(curves, sizes, 12, {KEYS[0]: 3, KEYS[1]: 0}) == {KEYS[0]: 4, KEYS[1]: 0}
+
+
+def test_a_bump_in_a_curve_is_bridged() -> None:
+    curves: dict[Key, list[tuple[int, float]]] = {
+        KEYS[0]: [(0, 0.0), (1, 5.0), (2, 5.5), (3, 6.0)],
+        KEYS[1]: [(0, 0.0), (1, 2.5), (2, 5.0), (3, 7.5)],
+    }
+    sizes, none = dict.fromkeys(curves, 1), dict.fromkeys(curves, 0)
+    assert spread(curves, sizes, 3, none) == {KEYS[0]: 3, KEYS[1]: 0}
+    assert spread(curves, sizes, 4, none) == {KEYS[0]: 3, KEYS[1]: 1}
+
+
+def test_what_goes_in_any_case_goes() -> None:
+    curves: dict[Key, list[tuple[int, float]]] = {key: [(0, 0.0), (1, 1.0), (2, 3.0)] for key in KEYS}
+    found = spread(curves, dict.fromkeys(KEYS, 1), 3, {KEYS[0]: 2, KEYS[1]: 0, KEYS[2]: 0})
+    assert found[KEYS[0]] == 2
+    assert sum(found.values()) == 3
+    with pytest.raises(ConfigError, match="would have to lose 7 parameters, and may lose 6"):
+        spread(curves, dict.fromkeys(KEYS, 1), 7, dict.fromkeys(KEYS, 0))
+
+
+def test_a_curve_ends_at_the_most_units_that_may_go() -> None:
+    curve = [(0, 0.0), (3, 1.0), (6, 4.0)]
+    assert curve_until(curve, 6) == curve
+    assert curve_until(curve, 5) == [(0, 0.0), (3, 1.0), (5, 3.0)]
+    assert curve_until(curve, 2) == [(0, 0.0), (2, pytest.approx(2 / 3))]
+    assert curve_until(curve, 7) == [*curve, (7, 5.0)]
+    assert curve_until(curve, 0) == curve_until([(0, 0.0)], 0) == [(0, 0.0)]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_curve_is_what_the_output_loses(width: int, biased: bool) -> None:
+    """By the greedy order, each time all weights of what stays by least squares on the data."""
+    drawn = draw_layer(3, neurons=12)
+    bias = torch.arange(5, dtype=torch.float64) if biased else None
+    shifted = Layer(drawn.inputs, drawn.weight, drawn.output + (0 if bias is None else bias))
+    found = loss_curve(shifted.statistics, drawn.weight, bias, width, configured(damping=1e-10))
+    energy, kept = float(drawn.output.square().sum()), list(range(12))
+
+    def error(left: list[int]) -> float:
+        fitted = drawn.inputs[:, left] @ torch.linalg.lstsq(drawn.inputs[:, left], drawn.output).solution
+        return float((drawn.output - fitted).square().sum())
+
+    assert found[0] == (0, 0.0)
+    for place, (gone, part) in enumerate(found[1:], 1):
+        groups = [kept[start : start + width] for start in range(0, len(kept), width)]
+        kept = min(([each for each in kept if each not in group] for group in groups), key=error)
+        assert gone == place
+        assert part == pytest.approx(error(kept) / energy, rel=1e-5, abs=1e-9)
+    assert len(kept) == width
+
+
+@pytest.mark.parametrize(("neurons", "block"), [(48, 16), (100, 2048), (70, 32)])
+def test_curves_rise_and_leave_a_unit(neurons: int, block: int) -> None:
+    layer = draw_layer(2, tokens=300, neurons=neurons)
+    found = loss_curve(layer.statistics, layer.weight, None, 1, configured(block=block))
+    for (gone, part), (more, larger) in itertools.pairwise(found):
+        assert gone < more
+        assert part <= larger + 1e-9
+    assert found[-1][0] <= neurons - 1
+    assert found[-1][0] >= 0.8 * neurons
+
+
+def test_an_outline_on_curves_spares_what_turns_much(folders: dict[str, Path]) -> None:
+    bench, tokens = open_bench(folders["qwen3"]), draw_tokens()
+    sizes, config = Sizes(bench), configured(allocation="curves", layer_share=0.0, max_layer_ratio=0.9)
+    found = draw_outline(config, sizes, bench, TextSource(bench, tokens, "dense"))
+    model, curves = load(folders["qwen3"]), {}
+    passed = pass_through(model, tokens)
+    for layer in range(LAYERS):
+        middle = passed[layer].before + passed[layer, "heads"].after
+        turns = {"heads": (passed[layer].before, middle), "channels": (middle, passed[layer].after)}
+        for unit in UNITS:
+            seen, linear = passed[layer, unit], consumer(model, layer, unit)
+            statistics = Statistics.of(seen.before.flatten(0, 1), seen.after.flatten(0, 1))
+            curve = loss_curve(statistics, linear.weight, linear.bias, bench.member(layer, unit).width, config)
+            turn = importance_of(*turns[unit])
+            total = bench_units(model, unit)
+            curves[layer, unit] = [(gone, part * turn) for gone, part in curve if gone <= int(0.9 * total)]
+    each = {key: sizes.units[key[0]][key[1]] for key in curves}
+    expected = spread(curves, each, 0.4 * sizes.total, dict.fromkeys(curves, 0))
+    assert found.heads == {layer: expected[layer, "heads"] for layer in range(LAYERS)}
+    for layer, ratio in found.ratios.items():
+        spent = sum(expected[layer, unit] * each[layer, unit] for unit in UNITS)
+        assert ratio == pytest.approx(spent / sizes.layer(layer), abs=2 * each[layer, "channels"] / sizes.layer(layer))
+    assert len(set(found.ratios.values())) > 1
 
 
 # the outline
@@ -278,7 +407,9 @@ class Stub(TextSource):
         self.asked.append(("similarities", removed))
         more = 10 if 3 in removed else 0
         return {
-            layer: Similarity(10, 10 * (1 - value), value * (layer + 1 + more), 1.0, (layer + 1.0 + more) ** 2)
+            layer: Similarity(
+                10, 10 * (1 - value), value * (layer + 1 + more), 1.0, (layer + 1.0 + more) ** 2, 9.0 - value, 8.0
+            )
             for layer, value in shifting(removed).items()
             if layer < LAYERS
         }
@@ -291,7 +422,7 @@ class Stub(TextSource):
 
 def outlined(bench: Workbench, **changes: Any) -> tuple[Outline, Stub]:
     source = Stub(bench)
-    return draw_outline(configured(**{"ratio": 0.5, **changes}), Sizes(bench), source), source
+    return draw_outline(configured(**{"ratio": 0.5, **changes}), Sizes(bench), bench, source), source
 
 
 def test_an_outline_of_one_measurement(llama: Workbench) -> None:
@@ -378,9 +509,14 @@ def test_an_outline_adds_up(
     assert len(found.removed) == removed
     assert sorted((*found.removed, *found.ratios)) == list(range(LAYERS))
     assert found.budget == pytest.approx(budget)
-    spent = sum(found.ratios.values()) * prunable / (LAYERS - removed)
+    spent = sum(found.ratios.values()) * every
     assert spent == pytest.approx(budget, rel=1e-6, abs=1e-3)
-    assert all(0 <= each <= largest for each in found.ratios.values())
+    most = largest * prunable / (LAYERS - removed) / every
+    assert all(0 <= each <= most + 1e-12 for each in found.ratios.values())
+    heads = bench.full.heads[0] if attention else 0
+    assert found.heads == {
+        layer: min(round(each * heads), heads - 1) if attention else 0 for layer, each in found.ratios.items()
+    }
 
 
 _OPEN: dict[Path, Workbench] = {}
@@ -409,7 +545,7 @@ def test_sizes_are_those_of_the_tensors(family: str, folders: dict[str, Path]) -
 
 def test_an_outline_of_a_real_text_is_that_of_its_importances(folders: dict[str, Path]) -> None:
     bench, tokens = open_bench(folders["qwen3"]), draw_tokens()
-    found = draw_outline(configured(ratio=0.4, layer_share=0.5), Sizes(bench), TextSource(bench, tokens, "dense"))
+    found = draw_outline(configured(), Sizes(bench), bench, TextSource(bench, tokens, "dense"))
     passed = pass_through(load(folders["qwen3"]), tokens)
     importance = {layer: importance_of(passed[layer].before, passed[layer].after) for layer in (1, 2, 3)}
     assert found.removed == (min(importance, key=lambda layer: importance[layer]),)

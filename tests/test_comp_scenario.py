@@ -119,7 +119,7 @@ def test_a_killed_local_run_asks_only_the_devices_that_were_not_done(
         ({"data.source": "/nowhere/at/all"}, "there is no text at /nowhere/at/all"),
         ({"data.source": ""}, "data.source must be a file or a folder of text"),
         ({"comp.ratios": "0.2 1.2"}, r"comp: ratios=0.2 1.2 must be numbers from 0 to 0.95"),
-        ({"comp.ratios": "0.95", "comp.layer_share": 0.0}, "would have to lose 0.95"),
+        ({"comp.ratios": "0.95", "comp.layer_share": 0.0}, "would have to lose"),
         ({"comp.fewest": 4}, "comp.fewest=4 asks for more than the 3 devices"),
         ({"comp.mode": "alone"}, "comp.mode=alone is not allowed"),
     ],

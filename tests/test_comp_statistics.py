@@ -59,7 +59,7 @@ def test_pooled_statistics_are_those_of_all_tokens(seed: int, cut: int) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_is_decided_on_pooled_statistics_is_what_is_decided_centrally(restore: str, bias: bool) -> None:
     layer = draw_layer(5, tokens=90, noise=0.3, mean=1.0)
-    texts = zip(layer.inputs.split([10, 50, 30]), layer.targets.split([10, 50, 30]), strict=True)
+    texts = zip(*(torch.split(each, [10, 50, 30]) for each in (layer.inputs, layer.targets)), strict=True)
     first, second, third = (Statistics.of(x, y) for x, y in texts)
     config = configured(restore=restore, bias=bias)
     pooled, central = (
@@ -115,57 +115,70 @@ def test_the_relative_error_of_a_layer_against_itself_is_zero() -> None:
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    found: Tensor = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    return found
 
 
 @given(seed=st.integers(0, 99), sequences=st.integers(1, 4), length=st.integers(2, 6))
 @settings(max_examples=20, deadline=None)
 def test_both_readings_of_the_importance(seed: int, sequences: int, length: int) -> None:
     x = draw(seed, sequences, length, 7)
-    y = x + draw(seed + 1, sequences, length, 7)
-    found = Similarity.of(x, y)
-    x, y = x[:, 1:], y[:, 1:]  # the sink is left out
+    z = x + draw(seed + 1, sequences, length, 7)
+    y = z + draw(seed + 2, sequences, length, 7)
+    found = Similarity.of(x, z, y)
+    x, z, y = x[:, 1:], z[:, 1:], y[:, 1:]  # the sink is left out
     assert found.tokens == sequences * (length - 1)
     assert found.importance("mean") == pytest.approx(1 - float(cosines(x, y).mean()), abs=1e-6)
     ratio = 1 - abs(float((x * y).sum())) / float(x.norm() * y.norm())
     assert found.importance("ratio") == pytest.approx(ratio, abs=1e-6)
     assert found.growth == pytest.approx(float(y.norm() / x.norm()), rel=1e-5)
+    assert found.turn("heads") == pytest.approx(1 - float(cosines(x, z).mean()), abs=1e-6)
+    assert found.turn("channels") == pytest.approx(1 - float(cosines(z, y).mean()), abs=1e-6)
 
 
 def test_similarities_of_texts_add_up() -> None:
-    x = draw(3, 6, 5, 8)
-    y = x + draw(4, 6, 5, 8)
-    whole, parts = Similarity.of(x, y), Similarity.of(x[:2], y[:2]) + Similarity.of(x[2:], y[2:])
+    x, z, y = draw(3, 6, 5, 8), draw(4, 6, 5, 8), draw(5, 6, 5, 8)
+    whole = Similarity.of(x, z, y)
+    parts = Similarity.of(x[:2], z[:2], y[:2]) + Similarity.of(x[2:], z[2:], y[2:])
     for field in dataclasses.fields(Similarity):
-        assert getattr(parts, field.name) == pytest.approx(getattr(whole, field.name), rel=1e-6)
+        assert getattr(parts, field.name) == pytest.approx(getattr(whole, field.name), rel=1e-5)
 
 
 def test_a_layer_that_turns_nothing_does_not_matter() -> None:
     x = draw(3, 2, 5, 8)
+    same, turned = Similarity.of(x, 2 * x, 3 * x), Similarity.of(x, x, -x)
     for reading in ("mean", "ratio"):
-        assert Similarity.of(x, 3 * x).importance(reading) == pytest.approx(0, abs=1e-6)
-    assert Similarity.of(x, -x).importance("mean") == pytest.approx(2)
-    assert Similarity.of(x, -x).importance("ratio") == pytest.approx(0, abs=1e-6)
-    assert Similarity.of(x, 3 * x).growth == pytest.approx(3)
+        assert same.importance(reading) == pytest.approx(0, abs=1e-6)
+    assert turned.importance("mean") == pytest.approx(2)
+    assert turned.importance("ratio") == pytest.approx(0, abs=1e-6)
+    assert same.growth == pytest.approx(3)
+    assert (same.turn("heads"), same.turn("channels")) == pytest.approx((0, 0), abs=1e-6)
+    assert (turned.turn("heads"), turned.turn("channels")) == pytest.approx((0, 2), abs=1e-6)
 
 
 def test_states_that_are_zero_have_a_similarity() -> None:
-    nothing = Similarity.of(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
+    nothing = Similarity.of(*(torch.zeros(1, 3, 4),) * 3)
     assert (nothing.importance("mean"), nothing.importance("ratio"), nothing.growth) == (1, 0, 1)
 
 
 def test_the_sink_does_not_count() -> None:
-    x, y = draw(3, 2, 5, 8), draw(4, 2, 5, 8)
+    x, z, y = draw(3, 2, 5, 8), draw(4, 2, 5, 8), draw(5, 2, 5, 8)
     loud = x.clone()
     loud[:, 0] *= 1e4
-    assert Similarity.of(loud, y) == Similarity.of(x, y)
+    assert Similarity.of(loud, z, y) == Similarity.of(x, z, y)
 
 
 def test_similarities_of_coarse_states_are_summed_in_float32() -> None:
     x = draw(5, 4, 64, 16).bfloat16()
     y = (x + 0.1 * draw(6, 4, 64, 16)).bfloat16()
     expected = functional.cosine_similarity(x[:, 1:].double(), y[:, 1:].double(), dim=-1).mean()
-    assert Similarity.of(x, y).importance("mean") == pytest.approx(1 - float(expected), rel=1e-4)
+    assert Similarity.of(x, x, y).importance("mean") == pytest.approx(1 - float(expected), rel=1e-4)
+
+
+def test_sums_that_grow_in_place_are_those_of_all_tokens() -> None:
+    layer = draw_layer(5, tokens=40, noise=0.5, mean=1.0)
+    first = Statistics.of(layer.inputs[:15], layer.targets[:15])
+    assert_same(first.extended(layer.inputs[15:], layer.targets[15:]), layer.statistics)
 
 
 def test_statistics_of_a_layer_do_not_depend_on_the_order_of_tokens() -> None:

@@ -253,7 +253,7 @@ def test_nested_sums_in_several_exchanges_give_the_same(fleet: Fleet, monkeypatc
     ("changes", "says"),
     [
         ({"mode": "federated", "ratio": 0.9, "layer_share": 1.0}, "the ratio asks for 3 whole layers and 2 may go"),
-        ({"ratios": "0.2 0.9", "layer_share": 0.0}, "would have to lose 0.9"),
+        ({"ratios": "0.2 0.9", "layer_share": 0.0}, "would have to lose"),
         ({"ratios": "0.2 much"}, "ratios=0.2 much must be numbers from 0 to 0.95"),
         ({"ratios": ""}, "ratios= must be numbers"),
         ({"wire": "float16"}, "wire=float16 is not allowed"),

@@ -33,7 +33,8 @@ def whole_weight(layer: Layer, damping: float) -> System:
 def dense(system: System, kept: Tensor) -> Tensor:
     """The solution for some unknowns, anew."""
     damped = system.matrix[kept][:, kept] + system.damping * torch.eye(len(kept), dtype=torch.float64)
-    return torch.linalg.solve(damped, (system.right + system.damping * system.prior)[kept])
+    found: Tensor = torch.linalg.solve(damped, (system.right + system.damping * system.prior)[kept])
+    return found
 
 
 @given(seed=SEEDS, masked=st.lists(st.floats(-2, 3), min_size=NEURONS, max_size=NEURONS))

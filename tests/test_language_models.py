@@ -230,7 +230,7 @@ def test_minilm_is_found_inside_its_package(tmp_path: Path, monkeypatch: pytest.
     [
         (
             "./no/such/folder",
-            r"is not a folder; it must be small-bert, small-llama, minilm, a folder of save_pretrained",
+            r"is not a folder; it must be small-bert, small-llama, deep-llama, deep-qwen, minilm, a folder of",
         ),
         ("two words", r"is not a name that the Hugging Face hub can have"),
         ("somebody/model", r"cannot be had from the Hugging Face hub"),
@@ -254,7 +254,10 @@ def test_folders_that_hold_no_usable_model_are_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"cannot be loaded: "):
         load(LanguageModelConfig(str(folder)), 1, CLASSES)
-    with pytest.raises(ConfigError, match=r"^name=big-bert is not allowed; it must be one of small-bert, small-llama$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^name=big-bert is not allowed; it must be one of small-bert, small-llama, deep",
+    ):
         small_model("big-bert")
     check(LanguageModelConfig())
     with pytest.raises(ConfigError, match=r"^pretrain_steps=-1 is not allowed"):

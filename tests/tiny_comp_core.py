@@ -38,6 +38,7 @@ PLAIN = CompConfig(
     protect_first=1,
     protect_last=1,
     repair=False,
+    allocation="importance",
     alpha=1.0,
     max_layer_ratio=0.8,
     prune_attention=True,
@@ -71,7 +72,8 @@ def open_bench(folder: Path) -> Workbench:
 
 def load(folder: Path) -> Any:
     """The whole model, as transformers loads it."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model.eval().requires_grad_(False)
 
 
 def draw_tokens(sequences: int = 8, length: int = 16, seed: int = 1) -> Tensor:
@@ -85,7 +87,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 def consumer(model: Any, layer: int, unit: Unit) -> nn.Linear:
     """The map that heads or channels flow into, by its name."""
     names = ("self_attn.out_proj", "fc2") if model.config.model_type == "opt" else ("self_attn.o_proj", "mlp.down_proj")
-    found: nn.Linear = blocks_of(model)[layer].get_submodule(names[UNITS.index(unit)])
+    found = blocks_of(model)[layer].get_submodule(names[UNITS.index(unit)])
+    assert isinstance(found, nn.Linear)
     return found
 
 
@@ -168,7 +171,7 @@ class Run:
 
 def run_course(config: CompConfig, bench: Workbench, source: Source) -> Run:
     sizes = Sizes(bench)
-    outline = draw_outline(config, sizes, source)
+    outline = draw_outline(config, sizes, bench, source)
     source.begin()
     progress = Progress()
     tensors = dict(prune_layers(config, outline, sizes, bench, source, progress))
@@ -282,7 +285,8 @@ def solve_weight(layer: Layer, kept: Sequence[int], damping: float) -> Tensor:
     """The weight (o, s) on kept neurons, likewise."""
     root = damping**0.5 * torch.eye(len(kept), dtype=torch.float64)
     wanted = torch.cat([layer.targets, damping**0.5 * layer.weight.T[kept]])
-    return torch.linalg.lstsq(torch.cat([layer.inputs[:, kept], root]), wanted).solution.T
+    found: Tensor = torch.linalg.lstsq(torch.cat([layer.inputs[:, kept], root]), wanted).solution.T
+    return found
 
 
 def mask_damping(layer: Layer, share: float) -> float:

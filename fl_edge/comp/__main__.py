@@ -39,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = _parser().parse_args(arguments)
     console, errors = Console(), Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    handler = logging.StreamHandler()
-    logging.getLogger("flwr.fl_edge").addHandler(handler)
+    handler, log = logging.StreamHandler(), logging.getLogger("flwr.fl_edge")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
         _run(args, console)
     except FlEdgeError as error:
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"interrupted; the same command goes on in {args.out}")
         return _INTERRUPTED
     finally:
-        logging.getLogger("flwr.fl_edge").removeHandler(handler)
+        log.removeHandler(handler)
+        log.setLevel(level)
     return 0
 
 

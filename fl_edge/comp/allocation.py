@@ -58,6 +58,21 @@ def choose_layers(
     return tuple(gone)
 
 
+def check_budget(budget: float, most: float) -> None:
+    """Refuse to remove more parameters than may go.
+
+    Raises
+    ------
+    ConfigError
+        A budget that is more.
+    """
+    if budget > most * (1 + 1e-9):
+        raise ConfigError(
+            f"the layers that stay would have to lose {budget:,.0f} parameters, and may lose {most:,.0f}; lower ratio, "
+            "or raise layer_share or max_layer_ratio"
+        )
+
+
 def layer_ratios(
     importance: Sequence[float],
     sizes: Sequence[float],
@@ -88,12 +103,7 @@ def layer_ratios(
     ConfigError
         A budget that no ratios within their bounds can meet.
     """
-    most = largest * sum(sizes)
-    if budget > most * (1 + 1e-9):
-        raise ConfigError(
-            f"the layers that stay would have to lose {budget / sum(sizes):.3f} of their parameters, and may lose "
-            f"{largest}; lower ratio, or raise layer_share or max_layer_ratio"
-        )
+    check_budget(budget, largest * sum(sizes))
     levels = [max(value, _LEAST_IMPORTANCE) for value in importance]
     mean = sum(levels) / len(levels)
     shapes = [(mean / level) ** alpha for level in levels]
@@ -137,12 +147,7 @@ def spread(
     ConfigError
         A budget that is more than may go.
     """
-    most = sum(curve[-1][0] * sizes[key] for key, curve in curves.items())
-    if budget > most:
-        raise ConfigError(
-            f"the layers that stay would have to lose {budget:,.0f} parameters, and may lose {most:,}; lower ratio, or "
-            "raise layer_share or max_layer_ratio"
-        )
+    check_budget(budget, sum(curve[-1][0] * sizes[key] for key, curve in curves.items()))
     pieces = []
     for key, curve in curves.items():
         hull: list[tuple[int, float]] = []

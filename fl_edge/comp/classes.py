@@ -162,8 +162,7 @@ def _decide(
     reports = [LayerReport(layer, removed=False) for _ in classes]
     dues = [each.progress.owed + each.outline.ratios[layer] * sizes.layer(layer) for each in classes]
     for unit in UNITS:
-        quotas = [quota_of(each.outline, sizes, layer, unit, due) for each, due in zip(classes, dues, strict=True)]
-        quotas = [max(quotas[: place + 1]) for place in range(len(quotas))]
+        quotas = _quotas([each.outline for each in classes], sizes, layer, unit, dues)
         linear, width = bench.consumer(layer, unit), bench.member(layer, unit).width
         about = (both[unit], linear.weight, linear.bias)
         order = decide(*about, quotas[-1], width, classes[-1].config).order
@@ -182,6 +181,25 @@ def _decide(
         each.progress.owed = due
         each.progress.reports.append(report)
     return decisions
+
+
+def _quotas(outlines: Sequence[Outline], sizes: Sizes, layer: int, unit: Unit, dues: Sequence[float]) -> list[int]:
+    """Return how many units go in each class, no fewer than in the one before.
+
+    A class takes no more heads than leave it as many channels to remove as the one before removes.
+    """
+    quotas: list[int] = []
+    channels = 0
+    for outline, due in zip(outlines, dues, strict=True):
+        least = quotas[-1] if quotas else 0
+        quota = max(quota_of(outline, sizes, layer, unit, due), least)
+        if unit == "heads":
+            left = due - channels * sizes.units[layer]["channels"]
+            quota = min(quota, max(least, int(left // sizes.units[layer]["heads"]))) if quotas else quota
+            rest = due - quota * sizes.units[layer]["heads"]
+            channels = max(channels, quota_of(outline, sizes, layer, "channels", rest))
+        quotas.append(quota)
+    return quotas
 
 
 def _scaled(decision: Decision, scale: float) -> Decision:

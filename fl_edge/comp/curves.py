@@ -8,6 +8,8 @@ curves. Nothing but forward passes of the dense model is needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,3 +68,11 @@ def loss_curve(
         total += rise / statistics.energy
         curve.append((min(gone * len(blocks), units - 1), total))
     return curve
+
+
+def curve_until(curve: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    """Return a curve up to where ``most`` units are gone; there it is on a line through its neighbours."""
+    after = next((place for place, (count, _) in enumerate(curve) if count >= most), len(curve) - 1)
+    (a, x), (b, y) = curve[max(after - 1, 0)], curve[after]
+    last = y if a == b else x + (y - x) * (most - a) / (b - a)
+    return [*((count, lost) for count, lost in curve if count < most), (most, last)]

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fl_edge.comp.allocation import Key, choose_layers, layer_ratios, layers_to_remove, spread
+from fl_edge.comp.allocation import Key, check_budget, choose_layers, layer_ratios, layers_to_remove, spread
 from fl_edge.comp.config import CompConfig
-from fl_edge.comp.curves import loss_curve
+from fl_edge.comp.curves import curve_until, loss_curve
 from fl_edge.comp.decision import Decision
 from fl_edge.comp.similarity import Similarity
 from fl_edge.comp.statistics import Statistics
@@ -197,6 +197,10 @@ class Budget:
         ConfigError
             A budget that the layers cannot meet.
         """
+        most = sum(
+            self._most(layer, unit) * self._sizes.units[layer][unit] for layer in importance for unit in self._units
+        )
+        check_budget(budget, most)  # before curves are measured, which takes a pass
         share = self._by_curves if self._config.allocation == "curves" else self._by_importance
         parts, heads = share(budget, importance, turns, least)
         return {layer: part / self._sizes.layer(layer) for layer, part in parts.items()}, heads
@@ -238,7 +242,12 @@ class Budget:
         parts = dict.fromkeys(importance, 0.0)
         for (layer, unit), count in taken.items():
             parts[layer] += count * sizes[layer, unit]
+        parts[min(parts)] += budget - sum(parts.values())  # less than a unit; layers pass it on
         return parts, {layer: taken.get((layer, "heads"), 0) for layer in importance}
+
+    def _most(self, layer: int, unit: Unit) -> int:
+        """Return how many units may go."""
+        return int(self._config.max_layer_ratio * self._sizes.full.total(layer, unit))
 
     def _measured(self) -> dict[Key, list[tuple[int, float]]]:
         """Return the curves of all layers, as far as the settings let units go; one pass."""
@@ -249,8 +258,7 @@ class Budget:
                 for unit, statistics in self._source.both(layer).items():
                     linear, width = self._bench.consumer(layer, unit), self._bench.member(layer, unit).width
                     curve = loss_curve(statistics, linear.weight, linear.bias, width, self._config)
-                    most = int(self._config.max_layer_ratio * self._sizes.full.total(layer, unit))
-                    self._curves[layer, unit] = [point for point in curve if point[0] <= most]
+                    self._curves[layer, unit] = curve_until(curve, self._most(layer, unit))
                 self._bench.checkpoint.release(layer)
         return self._curves
 
