@@ -17,7 +17,7 @@ from fl_edge.comp.config import CompConfig
 from fl_edge.comp.decision import blocks_of, neurons_of
 from fl_edge.comp.scores import conditioning
 from fl_edge.comp.statistics import Statistics
-from fl_edge.comp.system import solve, weight_system
+from fl_edge.comp.system import Solution, inverted
 
 _POINTS = 32  # of a curve
 
@@ -55,7 +55,9 @@ def loss_curve(
     size = max(min(map(len, blocks)) // _POINTS, 1)
     for block in blocks:
         neurons = neurons_of(block, width)
-        left = solve(weight_system(statistics, original, config.damping, neurons, original.T))
+        left = _untouched(
+            statistics.gram[neurons][:, neurons].double(), original[:, neurons].T.double(), config.damping
+        )
         gone = 0
         while gone + size < len(block):
             least = torch.topk(conditioning(left, width), size, largest=False).indices.sort().values
@@ -68,6 +70,12 @@ def loss_curve(
         total += rise / statistics.energy
         curve.append((min(gone * len(blocks), units - 1), total))
     return curve
+
+
+def _untouched(gram: Tensor, weights: Tensor, damping: float) -> Solution:
+    """Return the solution for a map's own output, which is its own weights (n, o)."""
+    inverse = inverted(gram, damping * float(gram.diagonal().mean()))[1]
+    return Solution(torch.arange(len(gram), device=gram.device), weights, inverse)
 
 
 def curve_until(curve: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:

@@ -100,6 +100,45 @@ def decide(
     original = weight.to(statistics.gram)
     prior = original if whole else torch.ones_like(original[:1])
     problem = fitted if whole else mask_statistics(fitted, original)
+    values, order = _tuned(problem, fitted, original, prior, quota, width, config, gone)
+    removed = set(order)
+    kept = tuple(unit for unit in range(original.shape[1] // width) if unit not in removed)
+    stay = neurons_of(torch.tensor(kept, device=original.device), width)
+    bare = torch.zeros_like(prior)
+    bare[:, stay] = prior[:, stay]
+    untuned, tuned = (relative_error(problem, each) * problem.energy for each in (bare, values.T))
+    del bare  # of the size of the weights
+    if config.bias:  # untuned, there is none to take the mean of what is wanted
+        off = statistics.targets - original[:, stay] @ statistics.inputs[stay]
+        untuned += float(off.square().sum()) / statistics.tokens
+    passing = values.T @ statistics.inputs if whole else original @ (values[:, 0] * statistics.inputs)
+    added = (statistics.targets - passing) / statistics.tokens
+    lengths = torch.linalg.vector_norm(original, dim=0).square().clamp_min(torch.finfo(original.dtype).tiny)
+    mask = (values * original.T).sum(1) / lengths if whole else values[:, 0]
+    return Decision(
+        kept=kept,
+        mask=None if whole else values[stay, 0],
+        weight=values[stay].T.contiguous() if whole else None,
+        bias=None if not config.bias else added if bias is None else bias.to(added) + added,
+        order=order,
+        guarded=len(order) < quota,
+        variance=float(mask[stay].var(correction=0)),
+        untuned=untuned / statistics.energy,
+        tuned=tuned / statistics.energy,
+    )
+
+
+def _tuned(
+    problem: Statistics,
+    fitted: Statistics,
+    original: Tensor,
+    prior: Tensor,
+    quota: int,
+    width: int,
+    config: CompConfig,
+    gone: Collection[int] | None,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return masks or weights (n, k), zero where units went, and these units, the first to go first."""
     values = prior.T.clone()
     order: list[tuple[float, int]] = []
     left, rest = quota, original.shape[1] // width
@@ -121,30 +160,7 @@ def decide(
         values[block[found.solution.kept]] = found.solution.values.to(values) if config.restore != "none" else 1.0
         left, rest = left - len(found.order), rest - len(units)
         order += [(place / len(units), int(units[unit])) for place, unit in enumerate(found.order)]
-    removed = {unit for _, unit in order}
-    kept = tuple(unit for unit in range(original.shape[1] // width) if unit not in removed)
-    stay = neurons_of(torch.tensor(kept, device=original.device), width)
-    bare = torch.zeros_like(prior)
-    bare[:, stay] = prior[:, stay]
-    untuned, tuned = (relative_error(problem, each) * problem.energy for each in (bare, values.T))
-    if config.bias:  # untuned, there is none to take the mean of what is wanted
-        off = statistics.targets - original[:, stay] @ statistics.inputs[stay]
-        untuned += float(off.square().sum()) / statistics.tokens
-    passing = values.T @ statistics.inputs if whole else original @ (values[:, 0] * statistics.inputs)
-    added = (statistics.targets - passing) / statistics.tokens
-    lengths = torch.linalg.vector_norm(original, dim=0).square().clamp_min(torch.finfo(original.dtype).tiny)
-    mask = (values * original.T).sum(1) / lengths if whole else values[:, 0]
-    return Decision(
-        kept=kept,
-        mask=None if whole else values[stay, 0],
-        weight=values[stay].T.contiguous() if whole else None,
-        bias=None if not config.bias else added if bias is None else bias.to(added) + added,
-        order=tuple(unit for _, unit in sorted(order)),
-        guarded=left > 0,
-        variance=float(mask[stay].var(correction=0)),
-        untuned=untuned / statistics.energy,
-        tuned=tuned / statistics.energy,
-    )
+    return values, tuple(unit for _, unit in sorted(order))
 
 
 def _score(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROWS = 2048  # that are multiplied at once, which bounds the memory it takes
 _EXACT = 4096  # inputs up to which sums are kept in float64; beyond it their memory would be that of several layers
 
 
@@ -113,7 +114,11 @@ def relative_error(statistics: Statistics, weight: Tensor, bias: Tensor | None =
         (o, n), zero in removed columns; (o,).
     """
     w = weight.to(statistics.gram)
-    error = statistics.energy + float((statistics.gram @ w.T).sub_(statistics.cross, alpha=2).mul_(w.T).sum())
+    error = statistics.energy
+    for start in range(0, len(statistics.gram), _ROWS):
+        part = slice(start, start + _ROWS)
+        product = statistics.gram[part] @ w.T
+        error += float(product.sub_(statistics.cross[part], alpha=2).mul_(w.T[part]).sum())
     if bias is not None:
         b = bias.to(w)
         error += float(b @ (statistics.tokens * b - 2 * statistics.targets + 2 * (w @ statistics.inputs)))

@@ -21,6 +21,7 @@ from torch import Tensor
 from fl_edge.comp.statistics import Statistics
 from fl_edge.errors import DataError
 
+_UNSOLVED = "the statistics of a layer have no solution: activations are zero or not finite, or damping is too small"
 _ROWS = 2048  # of a mask's matrix that are computed at once
 
 
@@ -81,7 +82,8 @@ def weight_system(statistics: Statistics, weight: Tensor, damping: float, block:
     """Return the system of a layer's weights; ``current`` (n, o), otherwise as :func:`mask_system`."""
     rows, right = statistics.gram[block], statistics.cross[block].double()
     if len(block) < len(current):  # what the neurons outside contribute is known, and goes to the right side
-        right -= rows @ current.to(rows).index_fill(0, block, 0)
+        values = current.to(rows)
+        right -= rows @ values - rows[:, block] @ values[block]
     matrix = rows[:, block].double()
     prior = weight[:, block].T.to(matrix)
     return System(matrix, right, prior, damping * float(matrix.diagonal().mean()))
@@ -141,12 +143,24 @@ def solve(system: System) -> Solution:
     DataError
         Statistics that are not finite, or a system without a solution.
     """
-    damped = system.matrix.clone()
-    damped.diagonal().add_(system.damping)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) or not bool(torch.isfinite(factor).all()) or not bool(torch.isfinite(system.right).all()):
-        raise DataError(
-            "the statistics of a layer have no solution: activations are zero or not finite, or damping is too small"
-        )
+    if not bool(torch.isfinite(system.right).all()):
+        raise DataError(_UNSOLVED)
+    factor, inverse = inverted(system.matrix, system.damping)
     values = torch.cholesky_solve(system.right + system.damping * system.prior, factor)
-    return Solution(torch.arange(len(damped), device=damped.device), values, torch.cholesky_inverse(factor))
+    return Solution(torch.arange(len(inverse), device=inverse.device), values, inverse)
+
+
+def inverted(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factor and the inverse of matrix + damping I, (n, n).
+
+    Raises
+    ------
+    DataError
+        A matrix that is not finite, or not positive definite.
+    """
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) or not bool(torch.isfinite(factor).all()):
+        raise DataError(_UNSOLVED)
+    return factor, torch.cholesky_inverse(factor)
