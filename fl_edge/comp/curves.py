@@ -74,8 +74,8 @@ def loss_curve(
 
 def _untouched(gram: Tensor, weights: Tensor, damping: float) -> Solution:
     """Return the solution for a map's own output, which is its own weights (n, o)."""
-    inverse = inverted(gram, damping * float(gram.diagonal().mean()))[1]
-    return Solution(torch.arange(len(gram), device=gram.device), weights, inverse)
+    inverse = inverted(gram.double(), damping * float(gram.diagonal().double().mean()))[1]
+    return Solution(torch.arange(len(gram), device=gram.device), weights.double(), inverse)
 
 
 def curve_until(curve: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:

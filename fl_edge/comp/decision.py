@@ -147,15 +147,14 @@ def _tuned(
         system = weight_system(problem, prior, config.damping, block, values)
         asked = min(round(left * len(units) / rest), len(units))  # after a guard more may be left than there are
         score = partial(_score, config, system, fitted.gram.diagonal()[block], original[:, block], width)
-        start = solve(system)
         if gone is None:
-            found = eliminate(system, start, score, asked, width, config.steps, config.max_variance)
+            found = eliminate(system, solve(system), score, asked, width, config.steps, config.max_variance)
         else:
             settled = torch.tensor(
                 [place for place, unit in enumerate(units.tolist()) if unit in gone], dtype=torch.long
             )
             out = neurons_of(settled.to(block.device), width)
-            found = Elimination(start.without(out), tuple(settled.tolist()), guarded=False)
+            found = Elimination(solve(system).without(out), tuple(settled.tolist()), guarded=False)
         values[block] = 0
         values[block[found.solution.kept]] = found.solution.values.to(values) if config.restore != "none" else 1.0
         left, rest = left - len(found.order), rest - len(units)

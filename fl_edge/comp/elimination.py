@@ -38,7 +38,7 @@ class Elimination:
 
 
 def eliminate(
-    system: System, start: Solution, score: Score, quota: int, width: int, steps: int, max_variance: float
+    system: System, solution: Solution, score: Score, quota: int, width: int, steps: int, max_variance: float
 ) -> Elimination:
     """Remove groups of neurons from a layer.
 
@@ -46,8 +46,8 @@ def eliminate(
     ----------
     system
         Of the layer.
-    start
-        Its solution with all neurons left.
+    solution
+        With all neurons left.
     score
         What the groups that are left matter, (groups left,); see :mod:`fl_edge.comp.scores`.
     quota
@@ -60,7 +60,6 @@ def eliminate(
         tau: a step after which the mask varies more is undone and tried again with half as many groups; where not even
         one group can go, the elimination stops.
     """
-    solution = start
     order: list[int] = []
     size = largest = -(-quota // steps)
     while len(order) < quota:
