@@ -4,7 +4,7 @@ Three kinds of cases; weights are random in the shapes of known models, which is
 
 * *memory*: peak resident memory of a whole pruning run, each in a process of its own, against LLM-Pruner's rule (whole
   model in float32, gradients of all weights); see :mod:`benchmarks.comp_machine_child`. The peer has its 10 sequences
-  of 64 tokens, COMP 32 of 128.
+  of 64 tokens, COMP 32 of 128, on the 7B shape 16.
 * *stream*: a 7B-shaped checkpoint in bfloat16 made on the spot, pruned from folder to folder. It takes 28 GB of disk
   for a while, under TMPDIR where that is set.
 * *latency*: decoding and prefill of pruned decoders, in turns with the dense one, by what is pruned: whole layers, or
@@ -36,7 +36,7 @@ from benchmarks.comp_shapes import SHAPES
 from benchmarks.harness import Benchmark, Case, Column, Results, Target
 
 DEVICE = os.environ.get("FL_EDGE_DEVICE", "cpu")
-RATIO, SEQUENCES, LENGTH, QUICK_SEQUENCES = 0.2, 32, 128, 8
+RATIO, SEQUENCES, STREAM_SEQUENCES, LENGTH, QUICK_SEQUENCES = 0.2, 32, 16, 128, 8
 TAYLOR_SEQUENCES, TAYLOR_LENGTH = 10, 64
 PEER, FAITHFUL, RECOMMENDED = "Taylor in float32", "COMP, faithful", "COMP, recommended"
 BIG = "llama-2-7b"
@@ -87,7 +87,7 @@ def measure_memory(shape: str, who: str, seed: int, quick: bool) -> dict[str, fl
 def measure_stream(who: str, seed: int, quick: bool) -> dict[str, float]:
     """Return peak, seconds and bytes of a streamed run; quick means few layers and less text."""
     folder = checkpoint(BIG, QUICK_LAYERS if quick else SHAPES[BIG]["num_hidden_layers"])
-    return run_comp(folder, who, seed, QUICK_SEQUENCES if quick else SEQUENCES)
+    return run_comp(folder, who, seed, QUICK_SEQUENCES if quick else STREAM_SEQUENCES)
 
 
 def run_comp(folder: Path, who: str, seed: int, sequences: int) -> dict[str, float]:
@@ -217,7 +217,11 @@ BENCHMARK = Benchmark(
     settings={
         "device": device_name(),
         "ratio": RATIO,
-        "calibration": {"COMP": [SEQUENCES, LENGTH], "Taylor": [TAYLOR_SEQUENCES, TAYLOR_LENGTH]},
+        "calibration": {
+            "COMP": [SEQUENCES, LENGTH],
+            "COMP, streamed": [STREAM_SEQUENCES, LENGTH],
+            "Taylor": [TAYLOR_SEQUENCES, TAYLOR_LENGTH],
+        },
         "latency": {name: vars(setting) for name, setting in LATENCY.items()},
         "threads": {"memory and stream": CORES, "latency": 1},
         "weights": "random",
