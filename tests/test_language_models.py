@@ -117,20 +117,37 @@ def test_a_damaged_model_is_made_again() -> None:
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-def test_pretraining_lowers_the_loss_and_refuses_what_is_not_a_number() -> None:
+@pytest.mark.parametrize("muon", [0.0, 0.1])
+def test_pretraining_lowers_the_loss_and_refuses_what_is_not_a_number(muon: float) -> None:
     def run(factor: float) -> tuple[torch.nn.Linear, float]:
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 1)
         generator = torch_rng(1)
         batches = ({"x": torch.randn(16, 4, generator=generator)} for _ in range(200))
         loss = lambda batch: ((model(batch["x"]) - batch["x"].sum(1, keepdim=True)) * factor).square().mean()  # noqa: E731
-        return model, pretrain(model, loss, batches, 200, 0.05, "a line", {model.bias: 2.0})
+        return model, pretrain(model, loss, batches, 200, 0.05, "a line", {model.bias: 2.0}, muon)
 
     model, last = run(1.0)
     assert last < 1e-3
     assert not model.training
     with pytest.raises(TrainingError, match=r"^pretraining of a line failed: the loss of step 1 is not a number$"):
         run(float("nan"))
+
+
+def test_muon_trains_matrices_and_adamw_the_rest() -> None:
+    """A step of Muon is as long in every direction: a matrix moves by about its rate times an orthogonal one."""
+    torch.manual_seed(0)
+    embedding, inner, head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9, bias=False)
+    head.weight = embedding.weight
+    model = torch.nn.Sequential(embedding, inner, head)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss = lambda batch: torch.nn.functional.cross_entropy(model(batch["x"]), batch["x"])  # noqa: E731
+    pretrain(model, loss, [{"x": torch.arange(9)}], 1, 1e-3, "one step", {}, 0.5)
+    moved = {name: tensor - before[name] for name, tensor in model.state_dict().items()}
+    torch.testing.assert_close(torch.linalg.svdvals(moved["1.weight"]), torch.full((4,), 0.5), rtol=0.4, atol=0)
+    for name in ("0.weight", "1.bias"):
+        assert float(moved[name].abs().max()) < 2e-3
+        assert float(moved[name].abs().min()) > 0
 
 
 def test_word_vectors_are_those_of_a_dense_factorisation() -> None:

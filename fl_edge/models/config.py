@@ -26,7 +26,8 @@ class LanguageModelConfig:
 
     name: str = setting(
         "small-bert",
-        "small-bert, small-llama, deep-llama or deep-qwen (pretrained on local text at the first use), minilm "
-        "(all-MiniLM-L6-v2 from its package), a folder of save_pretrained, or the name of a model on the hub",
+        "small-bert or small-llama (pretrained on local text at the first use, a minute or two), deep-llama or "
+        "deep-qwen (half an hour), minilm (all-MiniLM-L6-v2 from its package), a folder of save_pretrained, or the "
+        "name of a model on the hub",
     )
     pretrain_steps: int = setting(0, "steps that pretrain a small model; 0: its own number", low=0)

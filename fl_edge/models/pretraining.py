@@ -25,6 +25,7 @@ log = logging.getLogger("flwr.fl_edge")
 
 Batch = dict[str, Tensor]
 
+_DECAY = 0.01  # of weights
 _WARM_UP = 0.1  # part of the steps
 _LARGEST_GRADIENT = 1.0
 _REPORT_S = 10.0
@@ -38,8 +39,9 @@ def pretrain(
     rate: float,
     what: str,
     faster: Mapping[Tensor, float],
+    muon: float = 0.0,
 ) -> float:
-    """Train all weights with AdamW, the rate rising over a tenth of the steps and falling linearly after it.
+    """Train all weights, the rate rising over a tenth of the steps and falling linearly after it.
 
     A line says every ten seconds how far it is and how long it will take.
 
@@ -54,11 +56,14 @@ def pretrain(
     steps
         Of the optimiser.
     rate
-        Highest learning rate.
+        Highest learning rate of AdamW.
     what
         Name for the messages.
     faster
         Parameters whose rate is higher, and by what factor.
+    muon
+        Highest learning rate of Muon, which then trains the matrices of the layers in AdamW's place; it learns more of
+        few steps.
 
     Returns
     -------
@@ -70,12 +75,14 @@ def pretrain(
     TrainingError
         A loss that is not a number.
     """
-    groups = [{"params": [p], "lr": rate * faster.get(p, 1.0)} for p in model.parameters()]
-    optimiser = torch.optim.AdamW(groups, lr=rate, weight_decay=0.01)
+    optimisers = _optimisers(model, rate, faster, muon)
     warm = max(int(_WARM_UP * steps), 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
-    )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
+        )
+        for optimiser in optimisers
+    ]
     model.train()
     losses: list[float] = []
     begun = reported = time.monotonic()
@@ -83,9 +90,10 @@ def pretrain(
         value = loss(batch)
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
         losses.append(float(value.detach()))
         if losses[-1] != losses[-1]:
             raise TrainingError(f"pretraining of {what} failed: the loss of step {len(losses)} is not a number")
@@ -100,6 +108,19 @@ def pretrain(
     model.eval()
     last = losses[-max(steps // 10, 1) :]
     return sum(last) / max(len(last), 1)
+
+
+def _optimisers(
+    model: nn.Module, rate: float, faster: Mapping[Tensor, float], muon: float
+) -> list[torch.optim.Optimizer]:
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}  # often the head's too
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices = linear - tables if muon else set()
+    groups = [{"params": [p], "lr": rate * faster.get(p, 1.0)} for p in model.parameters() if p not in matrices]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, weight_decay=_DECAY)]
+    if matrices:
+        found.append(torch.optim.Muon([p for p in model.parameters() if p in matrices], lr=muon, weight_decay=_DECAY))
+    return found
 
 
 def initialise(model: PreTrainedModel, names: Iterable[str], generator: torch.Generator) -> None:

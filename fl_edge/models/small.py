@@ -1,7 +1,7 @@
-"""The two small language models, pretrained once on a machine on the text of installed libraries.
+"""The small language models, pretrained once on a machine on the text of installed libraries.
 
-The encoder learns to tell from which package a docstring comes, the decoder to continue the standard library's source.
-Neither sees a library that is a class of :mod:`fl_edge.data.docstrings` or a category of
+The encoder learns to tell from which package a docstring comes, decoders to continue the standard library's source.
+None sees a library that is a class of :mod:`fl_edge.data.docstrings` or a category of
 :mod:`fl_edge.data.instructions`. *Ours*; see :mod:`fl_edge.models.pretraining`.
 """
 
@@ -58,6 +58,8 @@ class Recipe:
         Longest input; a decoder is trained on inputs of a quarter of it.
     steps, batch_size, rate
         Of the training.
+    muon
+        Learning rate of Muon for a decoder's matrices, which get more of few steps by it; 0: AdamW's.
     least
         Texts that a package must have for an encoder to learn it; a decoder reads so many thousand characters.
     """
@@ -74,20 +76,23 @@ class Recipe:
     steps: int
     batch_size: int
     rate: float
+    muon: float
     least: int
 
 
 _PUBLIC = (STANDARD_LIBRARY, "sympy", "networkx", "matplotlib", "ray", "flwr", "datasets", "PIL")
 SMALL_MODELS = {
-    "small-bert": Recipe("bert", _PUBLIC, 4096, 4, 128, 4, 4, 512, 128, 300, 32, 1e-3, 40),
-    "small-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 4, 128, 4, 2, 384, 512, 400, 16, 3e-3, 4000),
-    "deep-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 8, 128, 4, 4, 384, 512, 500, 16, 3e-3, 8000),
-    "deep-qwen": Recipe("qwen3", (STANDARD_LIBRARY,), 2048, 8, 128, 8, 4, 384, 512, 500, 16, 3e-3, 8000),
+    "small-bert": Recipe("bert", _PUBLIC, 4096, 4, 128, 4, 4, 512, 128, 300, 32, 1e-3, 0.0, 40),
+    "small-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 4, 128, 4, 2, 384, 512, 400, 16, 3e-3, 0.02, 4000),
+    "deep-llama": Recipe("llama", (STANDARD_LIBRARY,), 2048, 8, 128, 4, 4, 384, 512, 3000, 16, 3e-3, 0.0, 8000),
+    "deep-qwen": Recipe("qwen3", (STANDARD_LIBRARY,), 2048, 8, 128, 8, 4, 384, 512, 3000, 16, 3e-3, 0.0, 8000),
 }
 
 
 def small_model(name: str, steps: int = 0) -> Path:
-    """Return the folder of a small model and its tokenizer; pretrained at the first use, which takes a minute or two.
+    """Return the folder of a small model and its tokenizer; pretrained at the first use.
+
+    That takes a minute or two, for the deep ones, which are for benchmarks, half an hour.
 
     Parameters
     ----------
@@ -206,7 +211,7 @@ def _decoder(recipe: Recipe, name: str, folder: Path) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call]
     initialise(model, dict(model.named_parameters()), torch_rng(_SEED, "pretraining", name))
     order = _stretches(tokens, recipe.positions // 4, recipe.batch_size, torch_rng(_SEED, "batches", name))
-    pretrain(model, lambda batch: model(**batch).loss, order, recipe.steps, recipe.rate, name, {})
+    pretrain(model, lambda batch: model(**batch).loss, order, recipe.steps, recipe.rate, name, {}, recipe.muon)
     return model
 
 
