@@ -82,7 +82,8 @@ def close_run(
     for name, value in rows.items():
         table.add_row(name, value)
     Console(width=100).print(table)
-    say(f"fl_edge {fl_edge.__version__}: records, pictures and TensorBoard events are in {folder.path}")
+    kinds = "records, pictures and TensorBoard events" if any(folder.path.glob("events.*")) else "records and pictures"
+    say(f"fl_edge {fl_edge.__version__}: {kinds} are in {folder.path}")
 
 
 def say(line: str) -> None:

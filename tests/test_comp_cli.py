@@ -17,7 +17,7 @@ from fl_edge.comp import measures
 from fl_edge.comp.state import STATE
 from fl_edge.models.vocabulary import decoder_tokenizer
 from fl_edge.pruning import read_plan
-from tests.tiny_comp import checkpoint_of, contents
+from tests.tiny_comp import LAYERS, checkpoint_of, contents
 
 WORDS = "def alpha beta gamma return import self none while yield\n"
 
@@ -61,6 +61,22 @@ def test_several_sizes_in_one_run(place: Path, tmp_path: Path, capsys: pytest.Ca
     assert "held out" not in shown
     assert shown.index("0.2 pruned") < shown.index("0.4 pruned")
     assert read_plan(tmp_path / "0.2").covers(read_plan(tmp_path / "0.4"))
+
+
+def test_the_bar_counts_layers_measured_and_then_pruned(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def update(_self: object, _task: int, description: str = "measuring", *, completed: int, total: int) -> None:
+        seen.append((description, completed, total))
+
+    monkeypatch.setattr("rich.progress.Progress.update", update)
+    assert command.main(arguments(place, tmp_path, "--ratio", "0.3")) == 0
+    passes = [completed for description, completed, _ in seen if description == "measuring"]
+    every = list(range(1, LAYERS + 1))
+    assert passes == [*every, *every, 1]  # similarities, curves, and the first layer before it is pruned
+    assert [each for each in seen if each[0] != "measuring"] == [("pruning layers", one, LAYERS) for one in every]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fl_edge.comp.nested import prune_nested
 from fl_edge.comp.run import Result, prune_checkpoint
 from fl_edge.comp.state import run_key
 from fl_edge.comp.table import show
+from fl_edge.comp.workbench import Workbench
 from fl_edge.config import resolve
 from fl_edge.data.calibration import read_texts, sequences
 from fl_edge.errors import ConfigError, DataError, FlEdgeError
@@ -64,8 +65,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         raise DataError(f"{args.model} is not the folder of a model")
     calibration, test = _tokens(args, console)
     key = run_key(args.model, config, calibration, str(ratios))
-    with _bar(console) as advance:
-        results = _prune(args, config, ratios, calibration, key, device, advance)
+    with _bar(console) as (measured, pruned):
+        results = _prune(args, config, ratios, calibration, key, device, measured, pruned)
     folders = [args.out / class_name(ratio) for ratio in sorted(ratios)] or [args.out]
     before = measure(args.model, test, device)
     show(console, results, before, [measure(folder, test, device) for folder in folders], folders)
@@ -78,14 +79,16 @@ def _prune(
     tokens: Tensor,
     key: str,
     device: torch.device,
-    advance: Callable[[LayerReport, int], None],
+    measured: Callable[[int, int], None],
+    pruned: Callable[[LayerReport, int], None],
 ) -> list[Result]:
-    def source(bench: Any) -> TextSource:
+    def source(bench: Workbench) -> TextSource:
+        bench.checkpoint.on_release = lambda layer: measured(layer, bench.checkpoint.num_layers)
         return TextSource(bench, tokens, config.target)
 
     if ratios:
-        return prune_nested(args.model, args.out, config, ratios, source, key=key, device=device, on_layer=advance)
-    return [prune_checkpoint(args.model, args.out, config, source, key=key, device=device, on_layer=advance)]
+        return prune_nested(args.model, args.out, config, ratios, source, key=key, device=device, on_layer=pruned)
+    return [prune_checkpoint(args.model, args.out, config, source, key=key, device=device, on_layer=pruned)]
 
 
 def _config(args: argparse.Namespace) -> CompConfig:
@@ -129,15 +132,22 @@ def _tokens(args: argparse.Namespace, console: Console) -> tuple[Tensor, Tensor]
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[Callable[[LayerReport, int], None]]:
+def _bar(console: Console) -> Iterator[tuple[Callable[[int, int], None], Callable[[LayerReport, int], None]]]:
+    """Yield what is to be called with each layer that was measured, until one was pruned, and what with those."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
-        task = progress.add_task("measuring layers", total=None)
+        task, pruning = progress.add_task("measuring layers", total=None), False
 
-        def advance(report: LayerReport, layers: int) -> None:
+        def measured(layer: int, layers: int) -> None:
+            if not pruning:
+                progress.update(task, completed=layer + 1, total=layers)
+
+        def pruned(report: LayerReport, layers: int) -> None:
+            nonlocal pruning
+            pruning = True
             progress.update(task, description="pruning layers", completed=report.layer + 1, total=layers)
 
-        yield advance
+        yield measured, pruned
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ Source of the idea: COMP's layer step, in which a single layer is resident; how 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -50,6 +50,8 @@ class Checkpoint:
         Its configuration.
     num_layers
         Decoder layers.
+    on_release
+        Called with every layer that is given back, by which one sees how far a pass is.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class Checkpoint:
         self.dtype = dtype or self._shards.dtype
         self.skeleton: Any = build_skeleton(self.config, folder, device, self.dtype)
         self._path, self._blocks = find_blocks(self.skeleton)
+        self.on_release: Callable[[int], None] = lambda _: None
         self._empty, self._loaded = list(self._blocks), dict[int, nn.Module]()
         self.num_layers = len(self._empty)
         self._stored = self._match()
@@ -118,6 +121,7 @@ class Checkpoint:
         """Give back the memory of a loaded layer."""
         self._loaded.pop(layer).to("meta")
         self._blocks[layer] = self._empty[layer]
+        self.on_release(layer)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
@@ -24,7 +23,7 @@ from fl_edge.pruning import load_pruned
 from fl_edge.pruning.saving import PLAN
 
 PREFILL = 512  # tokens
-_DECODED, _REPEATS = 16, 5
+_DECODED, _REPEATS = 16, 7
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Measures:
     perplexity
         On the test text; None without one.
     decode_ms, prefill_ms
-        Milliseconds a token that follows another, batch 1, and for ``prefill`` tokens at once; medians.
+        Milliseconds a token that follows another, batch 1, and for ``prefill`` tokens at once; the best of
+        several, since others may compute on the machine meanwhile.
     prefill
         512, or what the model takes.
     """
@@ -165,7 +165,7 @@ def _decode_ms(model: Any, token: Tensor) -> float:
 
 
 def _ms(model: Any, call: Callable[[], object]) -> float:
-    """Return the median milliseconds of a call; the first, which warms up, does not count."""
+    """Return the fewest milliseconds of several calls; the first, which warms up, does not count."""
     times = []
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()
@@ -173,4 +173,4 @@ def _ms(model: Any, call: Callable[[], object]) -> float:
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         times.append(time.perf_counter() - start)
-    return median(times[1:]) * 1e3
+    return min(times[1:]) * 1e3
