@@ -26,10 +26,14 @@ def test_the_example_of_ones_own_project_trains(
 
 def test_settings_named_in_the_readme_are_there() -> None:
     from fl_edge.config import flatten
-    from simulations.scenario import FedSpineScenario, MergeSFLScenario
+    from simulations.scenario import CompScenario, FedSpineScenario, MergeSFLScenario
 
-    keys = flatten(MergeSFLScenario) | flatten(FedSpineScenario)
+    keys = flatten(MergeSFLScenario) | flatten(FedSpineScenario) | flatten(CompScenario)
     prose = re.sub(r"```python\n.*?```", "", README.read_text(), flags=re.DOTALL)
-    named = set(re.findall(r"\b((?:data|model|edge|mergesfl|fedspine(?:\.schedule)?)\.[a-z_0-9]+)\b(?![./])", prose))
+    named = set(
+        re.findall(
+            r"\b(?!comp\.json)((?:data|model|edge|mergesfl|comp|fedspine(?:\.schedule)?)\.[a-z_0-9]+)\b(?![./])", prose
+        )
+    )
     assert len(named) > 10
     assert named <= set(keys)
