@@ -30,10 +30,7 @@ def test_settings_named_in_the_readme_are_there() -> None:
 
     keys = flatten(MergeSFLScenario) | flatten(FedSpineScenario) | flatten(CompScenario)
     prose = re.sub(r"```python\n.*?```", "", README.read_text(), flags=re.DOTALL)
-    named = set(
-        re.findall(
-            r"\b(?!comp\.json)((?:data|model|edge|mergesfl|comp|fedspine(?:\.schedule)?)\.[a-z_0-9]+)\b(?![./])", prose
-        )
-    )
+    owners = r"data|model|edge|mergesfl|comp|fedspine(?:\.schedule)?"
+    named = set(re.findall(rf"\b(?!comp\.json)((?:{owners})\.[a-z_0-9]+)\b(?![./])", prose))
     assert len(named) > 10
     assert named <= set(keys)
