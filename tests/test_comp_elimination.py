@@ -13,8 +13,17 @@ from torch import Tensor
 from fl_edge.comp import elimination as elimination_module
 from fl_edge.comp.elimination import Elimination, eliminate, variance
 from fl_edge.comp.scores import conditioning, sensitivity
-from fl_edge.comp.system import Solution, System, mask_system, solve, weight_system
-from tests.tiny_comp_core import LOOSE, Layer, draw_layer, duplicate, mask_damping, masked_error, solve_mask
+from fl_edge.comp.system import Solution, System, solve, weight_system
+from tests.tiny_comp_core import (
+    LOOSE,
+    Layer,
+    draw_layer,
+    duplicate,
+    mask_damping,
+    mask_system,
+    masked_error,
+    solve_mask,
+)
 
 SEEDS = st.integers(0, 999)
 

@@ -69,6 +69,24 @@ def test_the_record_says_what_was_done(tmp_path: Path) -> None:
     assert decoder / layers == pytest.approx(settings.ratio, abs=0.01)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_a_head_that_the_configuration_ties_is_kept_where_it_is_another(same: bool, tmp_path: Path) -> None:
+    model, tokens, settings = checkpoint_of(tmp_path / "model"), draw_tokens(), config()
+    if same:
+        whole: Any = transformers.AutoModelForCausalLM.from_pretrained(model)
+        with torch.no_grad():
+            whole.lm_head.weight.copy_(whole.model.embed_tokens.weight)
+        whole.save_pretrained(model, max_shard_size="40KB")
+    file = model / "config.json"
+    untied = run(model, tmp_path / "untied", settings, tokens)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    tied = run(model, tmp_path / "tied", settings, tokens)
+    assert (tied.after < untied.after) == same
+    found, expected = (load_pruned(tmp_path / name).eval() for name in ("tied", "untied"))
+    with torch.no_grad():
+        assert torch.equal(found(tokens).logits, expected(tokens).logits)
+
+
 def test_where_widths_are_even_plain_transformers_loads_it_and_generates_with_a_cache(tmp_path: Path) -> None:
     model, tokens = checkpoint_of(tmp_path / "model"), draw_tokens()
     run(model, tmp_path / "out", config(ratio=0.5, layer_share=1.0), tokens)

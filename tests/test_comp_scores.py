@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fl_edge.comp.scores import conditioning, perturbation, sensitivity
-from fl_edge.comp.system import Solution, System, mask_system, solve, weight_system
+from fl_edge.comp.system import Solution, System, solve, weight_system
 from fl_edge.seeding import torch_rng
-from tests.tiny_comp_core import Layer, draw_layer, mask_damping, masked_error, solve_mask, solve_weight
+from tests.tiny_comp_core import Layer, draw_layer, mask_damping, mask_system, masked_error, solve_mask, solve_weight
 
 NEURONS = 12
 ALL = torch.arange(NEURONS)

@@ -20,6 +20,7 @@ from fl_edge.comp.decision import Decision
 from fl_edge.comp.local import TextSource
 from fl_edge.comp.outline import Outline, Sizes, Source, draw_outline
 from fl_edge.comp.statistics import Statistics
+from fl_edge.comp.system import System, mask_statistics, weight_system
 from fl_edge.comp.workbench import Workbench
 from fl_edge.pruning import PruningPlan, Unit, prune
 from fl_edge.pruning.plan import UNITS
@@ -264,6 +265,11 @@ def duplicate(layer: Layer, of: int, at: int) -> Layer:
     inputs, weight = layer.inputs.clone(), layer.weight.clone()
     inputs[:, at], weight[:, at] = inputs[:, of], weight[:, of]
     return Layer(inputs, weight, inputs @ weight.T)
+
+
+def mask_system(statistics: Statistics, weight: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
+    """The system of a layer's mask (n, 1)."""
+    return weight_system(mask_statistics(statistics, weight), torch.ones_like(weight[:1]), damping, block, current)
 
 
 def masked_error(layer: Layer, mask: Tensor) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fl_edge.pruning.units import find_blocks
 
 LOGITS_BYTES = 2**26
 _PIECE_BYTES = 2**25
+_ROWS = 4096  # of two tensors that are compared at once
 _BYTES_A_LOGIT = 10  # as the head gives it, in float32, and its log-softmax
 
 
@@ -67,6 +69,9 @@ class Checkpoint:
         self._shards = Shards(folder)
         self.dtype = dtype or self._shards.dtype
         self.skeleton: Any = build_skeleton(self.config, folder, device, self.dtype)
+        if any(self._differ(*pair) for pair in self.skeleton.all_tied_weights_keys.items()):  # then they are not tied
+            self.config.tie_word_embeddings = False
+            self.skeleton = build_skeleton(self.config, folder, device, self.dtype)
         self._path, self._blocks = find_blocks(self.skeleton)
         self.on_release: Callable[[int], None] = lambda _: None
         self._empty, self._loaded = list(self._blocks), dict[int, nn.Module]()
@@ -253,3 +258,12 @@ class Checkpoint:
             _ = stored.dtype  # raises where it is not one to compute with
             matched[name] = found
         return matched
+
+    def _differ(self, name: str, other: str) -> bool:
+        """Return whether the files hold two tensors, and not the same twice."""
+        if not self._shards.tensors.keys() >= {name, other}:
+            return False
+        count = self._shards.tensors[name].shape[0]
+        pieces = (slice(first, min(first + _ROWS, count)) for first in range(0, count, _ROWS))
+        read = partial(self._shards.read, device=self.device, dtype=self.dtype)
+        return not all(torch.equal(read(name, rows=rows), read(other, rows=rows)) for rows in pieces)

@@ -45,24 +45,6 @@ class System:
     damping: float
 
 
-def mask_system(statistics: Statistics, weight: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
-    """Return the system of a layer's mask, or of a block of it.
-
-    Parameters
-    ----------
-    statistics, weight
-        Of the layer; ``weight`` (o, n).
-    damping
-        As a part of the mean diagonal of the matrix.
-    block
-        (b,) int64, the neurons to solve for.
-    current
-        (n, 1) the mask as it is, which stays outside the block.
-    """
-    ones = torch.ones_like(weight[:1])
-    return weight_system(mask_statistics(statistics, weight), ones, damping, block, current)
-
-
 def mask_statistics(statistics: Statistics, weight: Tensor) -> Statistics:
     """Return the statistics of a layer's mask, as of the weights (1, n) of a layer with one output: A, b and ||Y*||^2.
 
@@ -79,7 +61,19 @@ def mask_statistics(statistics: Statistics, weight: Tensor) -> Statistics:
 
 
 def weight_system(statistics: Statistics, weight: Tensor, damping: float, block: Tensor, current: Tensor) -> System:
-    """Return the system of a layer's weights; ``current`` (n, o), otherwise as :func:`mask_system`."""
+    """Return the system of a layer's weights, or of a block of them; of a mask with :func:`mask_statistics`.
+
+    Parameters
+    ----------
+    statistics, weight
+        Of the layer; ``weight`` (o, n), for a mask ones (1, n).
+    damping
+        As a part of the mean diagonal of the matrix.
+    block
+        (b,) int64, the neurons to solve for.
+    current
+        (n, o) the weights, or the mask, as they are, which stay outside the block.
+    """
     rows, right = statistics.gram[block], statistics.cross[block].double()
     if len(block) < len(current):  # what the neurons outside contribute is known, and goes to the right side
         values = current.to(rows)
