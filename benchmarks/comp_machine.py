@@ -193,7 +193,7 @@ def figure(results: Results, path: Path) -> None:
 
 
 BENCHMARK = Benchmark(
-    cases=tuple(Case(case, repetitions=3 if case.startswith("latency") else 1) for case in MEASURES),
+    cases=tuple(Case(case, repetitions=2 if case.startswith("latency") else 1) for case in MEASURES),
     columns={
         "peak_mb": Column("peak MB", digits=0),
         "above_mb": Column("above imports MB", digits=0),

@@ -37,10 +37,10 @@ class Setting:
     shape: str
     layers: int
     prompt: int = 32
-    decoded: int = 64
+    decoded: int = 32
     prefill: int = 512
     decode_turns: int = 4
-    prefill_turns: int = 4
+    prefill_turns: int = 3
 
 
 @functools.cache
