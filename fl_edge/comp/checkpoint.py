@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fl_edge.comp.memory import trim
 from fl_edge.comp.shards import Shards
 from fl_edge.comp.skeleton import CONFIG, Call, build_skeleton, read_config, standing_in
 from fl_edge.errors import DataError
@@ -126,6 +127,7 @@ class Checkpoint:
         """Give back the memory of a loaded layer."""
         self._loaded.pop(layer).to("meta")
         self._blocks[layer] = self._empty[layer]
+        trim()
         self.on_release(layer)
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
-"""What a process has used of memory."""
+"""What a process has used of memory, and giving back what it has freed."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
@@ -17,6 +19,12 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         found["device"] = torch.cuda.max_memory_allocated(device)
     return found
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library is glibc, which would keep much of it for later."""
+    if (give := _MALLOC_TRIM) is not None:
+        give(0)
 
 
 def _resident() -> int:

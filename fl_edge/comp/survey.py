@@ -14,7 +14,7 @@ from fl_edge.comp.watching import watched
 from fl_edge.pruning import members
 
 NONE = -1  # in place of a layer: no other layer is left out
-_CHUNK_TOKENS = 2048  # that go through a layer at once
+_CHUNK_TOKENS = 1024  # that go through a layer at once
 
 
 @dataclass(frozen=True)
