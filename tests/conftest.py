@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -28,6 +29,13 @@ def in_time() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where models are timed, few calls are enough."""
+    if (measures := sys.modules.get("fl_edge.comp.measures")) is not None:
+        monkeypatch.setattr(measures, "_SECONDS", 0.0)
 
 
 @pytest.fixture

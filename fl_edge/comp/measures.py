@@ -23,7 +23,8 @@ from fl_edge.pruning import load_pruned
 from fl_edge.pruning.saving import PLAN
 
 PREFILL = 512  # tokens
-_DECODED, _REPEATS = 16, 7
+_DECODED = 16
+_REPEATS, _SECONDS = 5, 0.5  # at least, of what is timed
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,9 @@ def _decode_ms(model: Any, token: Tensor) -> float:
 
 
 def _ms(model: Any, call: Callable[[], object]) -> float:
-    """Return the fewest milliseconds of several calls; the first, which warms up, does not count."""
-    times = []
-    for _ in range(_REPEATS + 1):
+    """Return the fewest milliseconds of the calls of a while; the first, which warms up, does not count."""
+    times: list[float] = []
+    while len(times) <= _REPEATS or sum(times) < _SECONDS:
         start = time.perf_counter()
         call()
         if model.device.type == "cuda":

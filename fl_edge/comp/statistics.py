@@ -122,4 +122,4 @@ def relative_error(statistics: Statistics, weight: Tensor, bias: Tensor | None =
     if bias is not None:
         b = bias.to(w)
         error += float(b @ (statistics.tokens * b - 2 * statistics.targets + 2 * (w @ statistics.inputs)))
-    return error / statistics.energy
+    return max(error, 0.0) / statistics.energy  # rounding may take it below
