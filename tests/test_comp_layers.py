@@ -490,7 +490,8 @@ def test_an_outline_adds_up(
     sizes = Sizes(bench)
     every = sizes.layer(0)
     removed = math.floor(ratio * share * LAYERS + 1e-9)
-    prunable = sizes.layer(0, ("heads", "channels") if attention else ("channels",)) * (LAYERS - removed)
+    kinds = UNITS if attention else ("channels",)
+    most = sum(int(largest * sizes.full.total(0, unit)) * sizes.units[0][unit] for unit in kinds) * (LAYERS - removed)
     budget = ratio * every * LAYERS - removed * every
     changes: dict[str, Any] = {
         "ratio": ratio,
@@ -501,7 +502,7 @@ def test_an_outline_adds_up(
         "protect_first": 0,
         "protect_last": 0,
     }
-    if budget > largest * prunable * (1 + 1e-9):
+    if budget > most * (1 + 1e-9):
         with pytest.raises(ConfigError, match="would have to lose"):
             outlined(bench, **changes)
         return
@@ -511,8 +512,8 @@ def test_an_outline_adds_up(
     assert found.budget == pytest.approx(budget)
     spent = sum(found.ratios.values()) * every
     assert spent == pytest.approx(budget, rel=1e-6, abs=1e-3)
-    most = largest * prunable / (LAYERS - removed) / every
-    assert all(0 <= each <= most + 1e-12 for each in found.ratios.values())
+    ceiling = largest * sizes.layer(0, kinds) / every
+    assert all(0 <= each <= ceiling + 1e-12 for each in found.ratios.values())
     heads = bench.full.heads[0] if attention else 0
     assert found.heads == {
         layer: min(round(each * heads), heads - 1) if attention else 0 for layer, each in found.ratios.items()

@@ -69,6 +69,15 @@ def test_the_record_says_what_was_done(tmp_path: Path) -> None:
     assert decoder / layers == pytest.approx(settings.ratio, abs=0.01)
 
 
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    model, tokens, settings = checkpoint_of(tmp_path / "model"), draw_tokens(), config()
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / ".shards.json.1.partial"
+    left.write_text("half")
+    run(model, tmp_path / "out", settings, tokens)
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("same", [False, True])
 def test_a_head_that_the_configuration_ties_is_kept_where_it_is_another(same: bool, tmp_path: Path) -> None:
     model, tokens, settings = checkpoint_of(tmp_path / "model"), draw_tokens(), config()

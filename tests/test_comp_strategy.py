@@ -203,6 +203,22 @@ def test_a_killed_server_goes_on_at_the_layer_it_was_at(fleet: Fleet, monkeypatc
         assert same_bits(weights(Path(row.outcome.folder)), whole)
 
 
+def test_a_client_that_outlives_a_run_begins_the_next_one_anew(fleet: Fleet) -> None:
+    """Though both have the same number, as runs on a LocalGrid have."""
+    fleet.run(mode="federated", name="whole")
+    app, strategy = fleet.app(), fleet.strategy(mode="federated")
+
+    def kill(row: Any) -> None:
+        raise KeyboardInterrupt
+
+    strategy.observers.append(kill)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.start(LocalGrid(app, 3), fleet.folder / "killed")
+    report = fleet.strategy(mode="federated").start(LocalGrid(app, 3), fleet.folder / "again")
+    assert report.lost == {}
+    assert same_bits(weights(fleet.folder / "again" / "model"), weights(fleet.folder / "whole" / "model"))
+
+
 def test_each_for_itself_has_its_own_ratio_and_text(fleet: Fleet) -> None:
     fleet.replaced(1, calibration=torch.empty(0, LENGTH, dtype=torch.int64))
     report = fleet.run(mode="local", ratios="0.2 0.3 0.4")

@@ -38,6 +38,8 @@ class Output:
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
         self._checkpoint, self.folder = checkpoint, folder
         self._path, _ = find_blocks(checkpoint.skeleton)
+        for left in folder.glob(".*.partial"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         self._writer = ShardWriter(folder)
 
     def layer(self, position: int, tensors: Mapping[str, Tensor]) -> None:

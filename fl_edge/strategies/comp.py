@@ -7,6 +7,7 @@ Formulas are in `fl_edge.comp`; here stands who is asked, what is sent, and what
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,8 @@ class Comp:
 
         self._roster.meet(grid, 0, accept, timeout)
         names, nodes = self._roster.names, self._roster.nodes
-        session = f"{self.config.mode}-{grid.run.run_id}"
+        # a name of its own: a client that outlives a run that broke off must not take this one for it
+        session = f"{self.config.mode}-{grid.run.run_id}-{secrets.token_hex(4)}"
         members = {name: Member(nodes[name], self._tokens[name]) for name in names}
         crowd = Crowd(grid, self.config, self.report, members, session, timeout)
         mode = {"local": self._prune_locally, "federated": self._prune_together, "nested": self._prune_classes}
