@@ -56,5 +56,6 @@ def _layers(devices: Sequence[DeviceRow]) -> bytes:
         axis.grid(alpha=0.3, axis="y")
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         set_title(axis, ", ".join(map(shortened, names[:2])) + more)
+    axes[-1].locator_params(axis="x", integer=True)
     axes[-1].set_xlabel("layer")
     return png(figure)
