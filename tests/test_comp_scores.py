@@ -100,6 +100,24 @@ def test_score_b_without_damping_is_the_rise_of_the_output_error_alone(width: in
     assert conditioning(solution, width).tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_score_b_of_wide_groups_on_two_threads() -> None:
+    width, drawn = 256, torch_rng(0, "wide")
+    root = torch.randn(4 * width, 4 * width, dtype=torch.float64, generator=drawn)
+    values = torch.randn(4 * width, 8, dtype=torch.float64, generator=drawn)
+    solution = Solution(torch.arange(4 * width), values, root @ root.T + torch.eye(4 * width))
+    expected = []
+    for group in torch.arange(4 * width).view(4, width):
+        inner = torch.linalg.inv(solution.inverse[group][:, group])
+        expected.append(float((values[group] * (inner @ values[group])).sum()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = conditioning(solution, width)
+    finally:
+        torch.set_num_threads(before)
+    assert found.tolist() == pytest.approx(expected)
+
+
 @given(seed=SEEDS, width=WIDTHS, gone=st.integers(0, 2))
 @settings(max_examples=20, deadline=None)
 def test_score_a_is_the_relative_condition_number(seed: int, width: int, gone: int) -> None:

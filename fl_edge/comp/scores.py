@@ -47,7 +47,8 @@ def conditioning(solution: Solution, width: int) -> Tensor:
         return solution.values.square().sum(1) / solution.inverse.diagonal()
     blocks = solution.inverse.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     values = solution.values.view(groups, width, -1)
-    found: Tensor = (values * torch.linalg.solve(blocks, values)).sum((1, 2))
+    factors = torch.linalg.cholesky(blocks)  # solving batches by LU fails on CPUs with some threads (torch 2.13)
+    found: Tensor = torch.linalg.solve_triangular(factors, values, upper=False).square().sum((1, 2))
     return found
 
 
