@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 IN_TIME_S = 180  # a safety net only
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that wait for processes of Flower come first: left for the end, they would leave a core idle."""
+    items.sort(key=lambda item: not {"deployment", "launcher"} & set(getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture
 def in_time() -> Iterator[None]:
     """What blocks for ever fails."""
