@@ -8,24 +8,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fl_edge.comp.calls import Call, standing_in
 from fl_edge.comp.memory import trim
-from fl_edge.comp.shards import Shards
-from fl_edge.comp.skeleton import CONFIG, Call, build_skeleton, read_config, standing_in
 from fl_edge.errors import DataError
-from fl_edge.pruning.units import find_blocks
+from fl_edge.models.folder import ModelFolder
 
 LOGITS_BYTES = 2**26
 _PIECE_BYTES = 2**25
-_ROWS = 4096  # of two tensors that are compared at once
 _BYTES_A_LOGIT = 10  # as the head gives it, in float32, and its log-softmax
 
 
@@ -65,46 +61,39 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.folder, self.device = folder, device
-        self.config = read_config(folder)
-        self._shards = Shards(folder)
-        self.dtype = dtype or self._shards.dtype
-        self.skeleton: Any = build_skeleton(self.config, folder, device, self.dtype)
-        if any(self._differ(*pair) for pair in self.skeleton.all_tied_weights_keys.items()):  # then they are not tied
-            self.config.tie_word_embeddings = False
-            self.skeleton = build_skeleton(self.config, folder, device, self.dtype)
-        self._path, self._blocks = find_blocks(self.skeleton)
+        self._opened = opened = ModelFolder(folder, device, dtype)
+        self.folder, self.device, self.dtype = folder, device, opened.dtype
+        self.config, self.skeleton = opened.config, opened.skeleton
+        self._path, self._blocks = opened.block_path, opened.blocks
         self.on_release: Callable[[int], None] = lambda _: None
         self._empty, self._loaded = list(self._blocks), dict[int, nn.Module]()
         self.num_layers = len(self._empty)
-        self._stored = self._match()
-        embedding = self._names(self.skeleton.get_input_embeddings())
-        self._head: Set[str] = self._names(self.skeleton.get_output_embeddings())
+        embedding = opened.names(self.skeleton.get_input_embeddings())
+        self._head: Set[str] = opened.names(self.skeleton.get_output_embeddings())
         (self._embedding,) = embedding
-        self._vocabulary, self._width = self._shards.tensors[self._stored[self._embedding]].shape
+        self._vocabulary, self._width = opened.shape(self._embedding)
         self._around: Set[str] = {
-            name for name in self._stored.keys() - embedding - self._head if not name.startswith(f"{self._path}.")
+            name for name in opened.stored.keys() - embedding - self._head if not name.startswith(f"{self._path}.")
         }
         self._calls: tuple[int, Sequence[Call]] = (0, ())
 
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors read so far, as they are in the files."""
-        return self._shards.bytes_read
+        return self._opened.shards.bytes_read
 
     @property
     def outside(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters outside the decoder layers, by name; of tied ones, one."""
-        shapes = {name: self._shards.tensors[stored].shape for name, stored in self._stored.items()}
-        names = shapes.keys() - self.skeleton.all_tied_weights_keys.keys()
-        return {name: shapes[name] for name in sorted(names) if not name.startswith(f"{self._path}.")}
+        names = self._opened.stored.keys() - self.skeleton.all_tied_weights_keys.keys()
+        return {name: self._opened.shape(name) for name in sorted(names) if not name.startswith(f"{self._path}.")}
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Yield a parameter in pieces of rows, so that a large embedding is never in memory as a whole."""
-        rows, *rest = self._shards.tensors[self._stored[name]].shape
+        rows, *rest = self._opened.shape(name)
         step = max(1, _PIECE_BYTES // (prod(rest) * self.dtype.itemsize))
         for start in range(0, rows, step):
-            yield self._shards.read(self._stored[name], self.device, self.dtype, slice(start, start + step))
+            yield self._opened.tensor(name, slice(start, start + step))
 
     def load(self, layer: int) -> nn.Module:
         """Read a decoder layer and return it, frozen; it stands in the skeleton until :meth:`release`.
@@ -117,9 +106,7 @@ class Checkpoint:
             The file has been lost or changed since the checkpoint was opened.
         """
         block = copy.deepcopy(self._empty[layer], {id(self.config): self.config})
-        block.load_state_dict(
-            {name: self._tensor(f"{self._path}.{layer}.{name}") for name in block.state_dict()}, assign=True
-        )
+        self._opened.fill(block, f"{self._path}.{layer}")
         self._blocks[layer] = self._loaded[layer] = block
         return block
 
@@ -155,7 +142,7 @@ class Checkpoint:
             allowed = f"tokens must be 0 to {self._vocabulary - 1} for the model in {self.folder}"
             raise DataError(f"{allowed}, got {int(tokens.min())} to {int(tokens.max())}")
         rows, places = tokens.to(self.device).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        table = self._tensor(self._embedding, rows)
+        table = self._opened.tensor(self._embedding, rows)
         hidden = torch.empty(*tokens.shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
         with self._in_memory(self._around):
             for sequence, place in zip(hidden, places, strict=True):
@@ -226,7 +213,7 @@ class Checkpoint:
     @contextmanager
     def _in_memory(self, names: Set[str]) -> Iterator[None]:
         """Parameters outside the layers, read for as long as this lasts."""
-        there = {name: self._tensor(name) for name in names}
+        there = {name: self._opened.tensor(name) for name in names}
         self.skeleton.load_state_dict(there, strict=False, assign=True)
         try:
             yield
@@ -236,36 +223,3 @@ class Checkpoint:
 
     def _zeros(self, length: int) -> Tensor:
         return torch.zeros(1, length, self._width, dtype=self.dtype, device=self.device)
-
-    def _tensor(self, name: str, rows: Tensor | None = None) -> Tensor:
-        return self._shards.read(self._stored[name], self.device, self.dtype, rows)
-
-    def _names(self, module: nn.Module) -> Set[str]:
-        path = next(path for path, found in self.skeleton.named_modules() if found is module)
-        return {f"{path}.{name}" for name in module.state_dict()}
-
-    def _match(self) -> dict[str, str]:
-        """Return parameter -> name in the files, which may be that of the parameter it is tied to."""
-        tied: dict[str, str] = dict(self.skeleton.all_tied_weights_keys)
-        partner = tied | {source: target for target, source in tied.items()}
-        matched = {}
-        for name, tensor in self.skeleton.state_dict().items():
-            found = next((key for key in (name, partner.get(name)) if key in self._shards.tensors), None)
-            if found is None:
-                raise DataError(f"{self.folder} has no tensor {name}, which its {CONFIG} asks for")
-            stored = self._shards.tensors[found]
-            if stored.shape != tuple(tensor.shape):
-                wanted = f"its {CONFIG} asks for {tuple(tensor.shape)}"
-                raise DataError(f"{stored.file} has {stored.shape} for {found}, {wanted}")
-            _ = stored.dtype  # raises where it is not one to compute with
-            matched[name] = found
-        return matched
-
-    def _differ(self, name: str, other: str) -> bool:
-        """Return whether the files hold two tensors, and not the same twice."""
-        if not self._shards.tensors.keys() >= {name, other}:
-            return False
-        count = self._shards.tensors[name].shape[0]
-        pieces = (slice(first, min(first + _ROWS, count)) for first in range(0, count, _ROWS))
-        read = partial(self._shards.read, device=self.device, dtype=self.dtype)
-        return not all(torch.equal(read(name, rows=rows), read(other, rows=rows)) for rows in pieces)

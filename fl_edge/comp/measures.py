@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fl_edge.comp.checkpoint import Checkpoint
-from fl_edge.comp.shards import Shards
 from fl_edge.comp.survey import chunks, loss
 from fl_edge.errors import DataError
 from fl_edge.models.quiet import quiet
+from fl_edge.models.shards import Shards
 from fl_edge.pruning import load_pruned
 from fl_edge.pruning.saving import PLAN
 

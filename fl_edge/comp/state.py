@@ -13,9 +13,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fl_edge.comp.shards import INDEX
-from fl_edge.comp.skeleton import CONFIG
 from fl_edge.errors import DataError, RunFolderError
+from fl_edge.models.shards import INDEX
+from fl_edge.models.skeleton import CONFIG
 from fl_edge.pruning.pieces import write_pieces
 from fl_edge.pruning.saving import line_of, writing
 

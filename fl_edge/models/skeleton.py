@@ -1,18 +1,14 @@
-"""A causal language model without memory, built from its configuration, and its walk without computing any layer."""
+"""A causal language model without memory, built from its configuration."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
 
 from fl_edge.errors import ConfigError, DataError
 from fl_edge.pruning.architectures import FAMILIES
@@ -21,15 +17,6 @@ from fl_edge.pruning.units import find_blocks
 CONFIG = "config.json"
 # What transformers raises for settings that make no model, by where it first notices.
 _NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, StrictDataclassError)
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a model hands to one of its blocks: hidden states (s, n, d), and the rest, by place and by name."""
-
-    hidden: Tensor
-    places: tuple[Any, ...]
-    names: Mapping[str, Any]
 
 
 def read_config(folder: Path) -> Any:
@@ -89,24 +76,6 @@ def build_skeleton(config: Any, folder: Path, device: torch.device, dtype: torch
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def standing_in(blocks: nn.ModuleList, leaving: Tensor | None = None) -> Iterator[list[Call]]:
-    """Let blocks hand on what they get, or ``leaving``, without computing; yields what each is called with."""
-    calls: list[Call] = []
-
-    def stand_in(hidden: Tensor, *places: Any, **names: Any) -> Tensor:
-        calls.append(Call(hidden, places, names))
-        return hidden if leaving is None else leaving
-
-    for block in blocks:
-        block.forward = stand_in
-    try:
-        yield calls
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def _line(error: BaseException) -> str:
