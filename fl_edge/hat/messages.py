@@ -1,7 +1,7 @@
 """What a device and the cloud tell each other: hidden states and where they belong. Never a token.
 
-That only hidden states travel is HAT's. The fields are *ours*: the head is on the device, so the cloud cannot know which
-drafts were accepted, and every upload says how much of what the cloud has cached still holds.
+That only hidden states travel is HAT's. The fields are *ours*: the head is on the device, so the cloud cannot know
+which drafts were accepted, and every upload says how much of what the cloud has cached still holds.
 """
 
 from __future__ import annotations

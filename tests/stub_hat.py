@@ -1,0 +1,122 @@
+"""A language model whose every draft is right or wrong, sure or unsure, as a test says, and a cloud that keeps count.
+
+The next token follows from all tokens before it, so a cache that was not rolled back, or a branch that was mixed up
+with another, gives another text. A hidden state is (next token, position of the next token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fl_edge.hat.messages import Answer, Upload
+
+CPU = torch.device("cpu")
+VOCABULARY = 11
+LARGE = 50.0  # a logit that leaves nothing to the others
+
+
+def following(prefix: Sequence[int]) -> int:
+    """The token that the full model chooses after others."""
+    return (sum((place + 3) * token for place, token in enumerate(prefix)) * 5 + len(prefix)) % VOCABULARY
+
+
+def text_after(prompt: Sequence[int], count: int) -> list[int]:
+    """What greedy decoding of the whole model gives."""
+    text = list(prompt)
+    for _ in range(count):
+        text.append(following(text))
+    return text[len(prompt) :]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What the adapter says of one position."""
+
+    right: bool = True
+    sure: bool = True
+
+
+@dataclass
+class StubDevice:
+    """Input and output submodel; ``drafts`` is what the adapter says of each position, by turns."""
+
+    drafts: Sequence[Draft] = (Draft(),)
+    device: torch.device = CPU
+    steps: int = 0  # calls, one token each and more
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache()
+
+    def embed_and_run(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
+        self.steps += 1
+        before = cache.get_seq_length()
+        kept = tokens[:, None, :, None].double()
+        cache.update(kept, kept, 0)
+        rows = []
+        for sequence in cache.layers[0].keys[:, 0, :, 0].long().tolist():  # type: ignore[index,union-attr]
+            ends = range(before + 1, len(sequence) + 1)
+            rows.append([[float(following(sequence[:end])), float(end)] for end in ends])
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def head(self, rows: Tensor) -> Tensor:
+        return LARGE * torch.nn.functional.one_hot(rows[..., 0].long(), VOCABULARY).double()
+
+    def draft_head(self, features: Tensor) -> Tensor:
+        says = [self.drafts[place % len(self.drafts)] for place in features[..., 1].long().flatten().tolist()]
+        right = features[..., 0].long().flatten()
+        first = torch.tensor([int(token) + (not each.right) for token, each in zip(right, says, strict=True)])
+        scale = torch.tensor([LARGE if each.sure else 0.1 for each in says])[:, None]
+        logits = torch.nn.functional.one_hot(first % VOCABULARY, VOCABULARY).double() * scale
+        logits += 0.01 * torch.nn.functional.one_hot(right, VOCABULARY)  # a wrong guess has the right one after it
+        return logits.view(*features.shape[:-1], VOCABULARY)
+
+
+class StubAdapter:
+    """Hands states on, and sees to it that none is left out or comes twice."""
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache()
+
+    def __call__(self, states: Tensor, cache: DynamicCache) -> Tensor:
+        before = cache.get_seq_length()
+        assert (states[..., -1] == torch.arange(before + 1, before + 1 + states.shape[1])).all()
+        cache.update(states[:, None], states[:, None], 0)
+        return states
+
+
+@dataclass
+class StubLink:
+    """A cloud behind no network: what it was sent, and whether an answer is there when it is asked."""
+
+    ready_at: Sequence[bool] = (False,)
+    uploads: list[Upload] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    _cached: int = 0
+    _asked: int = 0
+    _answer: Tensor | None = None
+
+    def send(self, upload: Upload) -> None:
+        assert self._answer is None, "the answer before was not taken"
+        assert upload.base <= self._cached
+        assert upload.rows[:, 1].tolist() == list(range(upload.base + 1, upload.base + 1 + len(upload.rows)))
+        self._cached = upload.base + len(upload.rows)
+        self.uploads.append(upload)
+        if upload.last:
+            self._answer = upload.rows if upload.verify else upload.rows[-1:]
+
+    def ready(self) -> bool:
+        self._asked += 1
+        return self.ready_at[self._asked % len(self.ready_at)]
+
+    def receive(self) -> Answer:
+        assert self._answer is not None, "nothing was asked"
+        rows, self._answer = self._answer, None
+        return Answer(self.uploads[-1].request, rows)
+
+    def end(self, request: int) -> None:
+        self.ended.append(request)
