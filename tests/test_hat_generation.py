@@ -10,13 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_edge.errors import ConfigError, ReplyError
-from fl_edge.hat.generation import FixedPace, Round, Rules, generate
+from fl_edge.hat.generation import FixedPace, Generation, Round, Rules, generate
 from fl_edge.hat.messages import Answer
 from fl_edge.hat.sampling import Sampler
 from tests.stub_hat import Draft, StubAdapter, StubDevice, StubLink, text_after
 
 PROMPT = [3, 1, 4, 1, 5]
 ALL = {"right": Draft(), "wrong": Draft(right=False), "unsure": Draft(sure=False)}
+
+
+def begin(
+    device: StubDevice, adapter: bool, new_tokens: int, pace: FixedPace, prompt: Sequence[int], **rules: object
+) -> Generation:
+    asked = Rules(new_tokens, **{"context": 64, **rules})  # type: ignore[arg-type]
+    return Generation(
+        device, StubAdapter() if adapter else None, Sampler(), pace, asked, 7, torch.tensor(prompt, dtype=torch.int64)
+    )
 
 
 def run(
@@ -29,18 +38,10 @@ def run(
     **rules: object,
 ) -> tuple[list[Round], StubLink, StubDevice]:
     link, device = link or StubLink(), StubDevice(drafts)
-    rounds = list(
-        generate(
-            device,
-            StubAdapter() if adapter else None,
-            Sampler(),
-            link,
-            pace or FixedPace(),
-            Rules(new_tokens, **{"context": 64, **rules}),  # type: ignore[arg-type]
-            7,
-            torch.tensor(prompt),
-        )
-    )
+    generation = begin(device, adapter, new_tokens, pace or FixedPace(), prompt, **rules)
+    rounds = list(generate(generation, link))
+    assert generation.over
+    assert generation.text == text(rounds)
     return rounds, link, device
 
 
@@ -172,7 +173,37 @@ def test_an_answer_that_does_not_fit_is_refused_and_the_request_ended(rows: torc
 
 def test_who_stops_listening_ends_the_request() -> None:
     link = StubLink()
-    rounds = generate(StubDevice(), StubAdapter(), Sampler(), link, FixedPace(), Rules(9, 64), 7, torch.tensor(PROMPT))
+    rounds = generate(begin(StubDevice(), True, 9, FixedPace(), PROMPT), link)
     next(rounds)
     rounds.close()  # type: ignore[attr-defined]
     assert link.ended == [7]
+
+
+@given(
+    drafts=st.lists(st.builds(Draft, right=st.booleans(), sure=st.booleans()), min_size=1, max_size=9),
+    chunk=st.integers(1, 4),
+    guesses=st.integers(0, 2),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_generation_goes_on_in_a_fresh_process_at_every_message(
+    drafts: list[Draft], chunk: int, guesses: int
+) -> None:
+    pace, link = FixedPace(chunk, 3, 3), StubLink()
+
+    def fresh(before: Generation | None) -> Generation:
+        after = begin(StubDevice(drafts), True, 15, pace, PROMPT, guesses=guesses)
+        if before is not None:
+            after.restore(before.text, before.sent, before.pending)
+        return after
+
+    generation = fresh(None)
+    while generation.sent < len(PROMPT):
+        generation = fresh(generation)
+        link.send(generation.next_chunk())
+    while not generation.over:
+        generation = fresh(generation)
+        generation.look_ahead(lambda: False)
+        generation.take_in(link.receive().rows)
+        if not generation.over:
+            link.send(generation.propose())
+    assert generation.text == text_after(PROMPT, 15)

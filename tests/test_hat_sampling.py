@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare  # type: ignore[import-untyped]
 from torch import Tensor
 
-from fl_edge.hat.generation import FixedPace, Rules, generate
+from fl_edge.hat.generation import FixedPace, Generation, Rules, generate
 from fl_edge.hat.sampling import Sampler
 from fl_edge.hat.verification import accept
 from fl_edge.seeding import torch_rng
@@ -116,17 +116,16 @@ class RandomLink(StubLink):
 
 
 def sample(seed: int, most: int, guesses: int, new_tokens: int = 3, spread: float = 1.0) -> tuple[int, ...]:
-    rounds = generate(
+    generation = Generation(
         RandomDevice(spread),
         StubAdapter(),
         Sampler(1.3, 0.9, seed),
-        RandomLink(),
         FixedPace(most_drafts=most),
         Rules(new_tokens, 32, threshold=0.4, guesses=guesses),
         0,
         torch.tensor([2, 1]),
     )
-    return tuple(token for each in rounds for token in each.tokens)
+    return tuple(token for each in generate(generation, RandomLink()) for token in each.tokens)
 
 
 @given(

@@ -6,7 +6,7 @@ after the prompt as after a draft, and stops doing so as soon as the answer is t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fl_edge.errors import ConfigError, ReplyError
-from fl_edge.hat.drafting import Adapted, Branches, Drafter, Proposal, Shallow
+from fl_edge.hat.drafting import Adapted, Branches, Drafter, Shallow
 from fl_edge.hat.messages import Answer, Upload
 from fl_edge.hat.sampling import Sampler
 from fl_edge.hat.verification import accept
@@ -130,17 +130,8 @@ class Round:
     ahead: bool
 
 
-def generate(
-    model: Output,
-    adapter: Adapted | None,
-    sampler: Sampler,
-    link: Link,
-    pace: Pace,
-    rules: Rules,
-    request: int,
-    prompt: Tensor,
-) -> Iterator[Round]:
-    """Generate the answer to a prompt, round by round.
+class Generation:
+    """One request on the device: its text, its drafts, and what it sends next.
 
     Parameters
     ----------
@@ -153,76 +144,141 @@ def generate(
     prompt
         (n,) int64.
 
+    Attributes
+    ----------
+    text
+        New tokens so far.
+    sent
+        Tokens of the prompt that were sent.
+    pending
+        Tokens that are being verified: the newest, of which the cloud has just got the state, and drafts after it.
+    over
+        Whether the text is whole.
+
     Raises
     ------
     ConfigError
-        An empty prompt, or one that leaves no room for an answer.
-    FlEdgeError
-        What the link says.
+        An empty prompt, one that leaves no room for an answer, or guesses without an adapter.
     """
-    drafter = Drafter(model, adapter, sampler, rules.threshold)
-    room = min(rules.new_tokens, rules.context - len(prompt))
-    if not len(prompt) or room < 1:
-        allowed = f"1 to {rules.context - 1} tokens, and at least 1 new one"
-        raise ConfigError(f"a prompt of {len(prompt)} tokens with {rules.new_tokens} new ones: allowed are {allowed}")
+
+    def __init__(
+        self,
+        model: Output,
+        adapter: Adapted | None,
+        sampler: Sampler,
+        pace: Pace,
+        rules: Rules,
+        request: int,
+        prompt: Tensor,
+    ) -> None:
+        self._room = min(rules.new_tokens, rules.context - len(prompt))
+        if not len(prompt) or self._room < 1:
+            allowed = f"1 to {rules.context - 1} tokens, and at least 1 new one"
+            asked = f"a prompt of {len(prompt)} tokens with {rules.new_tokens} new ones"
+            raise ConfigError(f"{asked}: allowed are {allowed}")
+        if rules.guesses and adapter is None:
+            raise ConfigError("without an adapter there are no guesses; allowed: guesses=0")
+        self._model, self._sampler, self._pace, self._rules = model, sampler, pace, rules
+        self._drafter = Drafter(model, adapter, sampler, rules.threshold)
+        self._branches: Branches | None = None  # that begin with guesses of the token after those pending
+        self._branch: int | None = None  # the guess that came true
+        self.request, self.prompt = request, prompt
+        self.text, self.sent, self.over = list[int](), 0, False
+        self.pending: Sequence[int] = (int(prompt[-1]),)
+
+    def next_chunk(self) -> Upload:
+        """Return the next chunk of the prompt; of the last, :attr:`sent` is the length of the prompt."""
+        base = self.sent
+        chunk = self.prompt[base : base + self._pace.chunk(len(self.prompt) - base)]
+        self.sent += len(chunk)
+        rows = self._drafter.read(chunk)
+        return Upload(self.request, base, rows, last=self.sent == len(self.prompt), verify=False)
+
+    def look_ahead(self, ready: Callable[[], bool]) -> None:
+        """Draft on from guesses of the next token, until the answer is due, or there.
+
+        It may run in another thread, but has to be over before :meth:`take_in`.
+        """
+        most = self._most(len(self.pending))  # of a draft that begins after all that is pending
+        if not self._rules.guesses or most < 0:
+            self._drafter.catch_up()
+            return
+        self._branches = branches = self._drafter.begin(self._drafter.guess(self._rules.guesses))
+        for _ in range(self._pace.ahead(len(self.pending))):
+            if branches.done or ready():
+                break
+            self._drafter.step(branches, most)
+
+    def take_in(self, rows: Tensor) -> Round:
+        """Take in the cloud's answer.
+
+        Parameters
+        ----------
+        rows
+            (n, d) for the n tokens that were pending; of the prompt's end (1, d).
+
+        Raises
+        ------
+        ReplyError
+            Rows of another number, or that are not finite.
+        """
+        pending, count = self.pending, len(self.pending)
+        if len(rows) != count or not bool(torch.isfinite(rows).all()):
+            raise ReplyError(f"the cloud answered {len(rows)} rows of hidden states; {count} finite ones were due")
+        start = len(self.prompt) + len(self.text)
+        chosen = self._sampler.choose(self._model.head(rows), range(start, start + count))
+        held = accept(pending, range(-1, count - 1), chosen)
+        following = chosen[held[-1]]
+        tokens = _until_stop([*pending[1 : len(held)], following], self._rules.stops)
+        self.text += tokens
+        self.over = len(self.text) >= self._room or tokens[-1] in self._rules.stops
+        self._branch = None
+        if self._branches and self._branches.rows and len(held) == count and not self.over:
+            self._branch = self._branches.follow(following)
+        return Round(tokens, count - 1, len(tokens) - 1, ahead=self._branch is not None)
+
+    def propose(self) -> Upload:
+        """Return what is to be verified next: the draft that was made ahead, or one that is made now."""
+        base, branches, branch = len(self.prompt) + len(self.text) - 1, self._branches, self._branch
+        if branches is None or branch is None:
+            self._drafter.hold(base)
+            branches, branch = self._drafter.begin(self.text[-1:]), 0
+            while not branches.done:
+                self._drafter.step(branches, self._most(0))
+        proposal = self._drafter.take(branches, branch)
+        self.pending, self._branches = proposal.tokens, None
+        return Upload(self.request, base, proposal.rows)
+
+    def restore(self, text: Sequence[int], sent: int, pending: Sequence[int]) -> None:
+        """Go on where another process was, from what it had in the attributes of these names."""
+        self.text, self.sent, self.pending = list(text), sent, tuple(pending)
+        whole = [*self.prompt.tolist()[:sent], *text[:-1], *(pending if text else ())]
+        self._drafter.read(self.prompt.new_tensor(whole))
+
+    def _most(self, more: int) -> int:
+        """Return how many drafts may be made after so many more tokens and another: all but the last of the text."""
+        return min(self._pace.drafts(), self._room - len(self.text) - more - 1)
+
+
+def generate(generation: Generation, link: Link) -> Iterator[Round]:
+    """Run a generation over a link, round by round; however it ends, the cloud forgets the request.
+
+    Raises
+    ------
+    FlEdgeError
+        What the link says, or an answer that cannot be.
+    """
     try:
-        _send_prompt(drafter, link, pace, request, prompt)
-        proposal, made = Proposal([int(prompt[-1])], prompt.new_zeros(1, 0)), 0
+        while generation.sent < len(generation.prompt):
+            link.send(generation.next_chunk())  # while it travels, the states of the next are computed
         while True:
-            count = len(proposal.tokens)
-            most = min(pace.drafts(), room - made - count - 1)  # of a draft that begins after all of these
-            branches = _look_ahead(drafter, link, pace, rules.guesses, most, count)
-            start = len(prompt) + made
-            chosen = sampler.choose(model.head(_receive(link, count)), range(start, start + count))
-            held = accept(proposal.tokens, range(-1, count - 1), chosen)
-            following = chosen[held[-1]]
-            tokens = _until_stop([*proposal.tokens[1 : len(held)], following], rules.stops)
-            made += len(tokens)
-            over = made >= room or tokens[-1] in rules.stops
-            branch = branches.follow(following) if branches and len(held) == count and not over else None
-            yield Round(tokens, count - 1, len(tokens) - 1, ahead=branch is not None)
-            if over:
+            generation.look_ahead(link.ready)
+            yield generation.take_in(link.receive().rows)
+            if generation.over:
                 return
-            base = len(prompt) + made - 1
-            if branches is None or branch is None:
-                drafter.hold(base)
-                branches, branch = drafter.begin([following]), 0
-                while not branches.done:
-                    drafter.step(branches, min(pace.drafts(), room - made - 1))
-            proposal = drafter.take(branches, branch)
-            link.send(Upload(request, base, proposal.rows))
+            link.send(generation.propose())
     finally:
-        link.end(request)
-
-
-def _send_prompt(drafter: Drafter, link: Link, pace: Pace, request: int, prompt: Tensor) -> None:
-    """Send the prompt chunk by chunk: while one travels, the states of the next are computed."""
-    base = 0
-    while base < len(prompt):
-        chunk = prompt[base : base + pace.chunk(len(prompt) - base)]
-        last = base + len(chunk) == len(prompt)
-        link.send(Upload(request, base, drafter.read(chunk), last=last, verify=False))
-        base += len(chunk)
-
-
-def _look_ahead(drafter: Drafter, link: Link, pace: Pace, guesses: int, most: int, rows: int) -> Branches | None:
-    """Draft on from guesses of the next token, until the answer is due or there."""
-    if not guesses or most < 0:
-        drafter.catch_up()
-        return None
-    branches = drafter.begin(drafter.guess(guesses))
-    for _ in range(pace.ahead(rows)):
-        if branches.done or link.ready():
-            break
-        drafter.step(branches, most)
-    return branches if branches.rows else None
-
-
-def _receive(link: Link, count: int) -> Tensor:
-    rows = link.receive().rows
-    if len(rows) != count or not bool(torch.isfinite(rows).all()):
-        raise ReplyError(f"the cloud answered {len(rows)} rows of hidden states; {count} finite ones were due")
-    return rows
+        link.end(generation.request)
 
 
 def _until_stop(tokens: list[int], stops: Collection[int]) -> list[int]:
