@@ -194,20 +194,21 @@ class Generation:
         rows = self._drafter.read(chunk)
         return Upload(self.request, base, rows, last=self.sent == len(self.prompt), verify=False)
 
-    def look_ahead(self, ready: Callable[[], bool]) -> None:
-        """Draft on from guesses of the next token, until the answer is due, or there.
+    def look_ahead(self, ready: Callable[[], bool]) -> int:
+        """Draft on from guesses of the next token, until the answer is due, or there; return the steps made.
 
         It may run in another thread, but has to be over before :meth:`take_in`.
         """
         most = self._most(len(self.pending))  # of a draft that begins after all that is pending
         if not self._rules.guesses or most < 0:
             self._drafter.catch_up()
-            return
+            return 0
         self._branches = branches = self._drafter.begin(self._drafter.guess(self._rules.guesses))
         for _ in range(self._pace.ahead(len(self.pending))):
             if branches.done or ready():
                 break
             self._drafter.step(branches, most)
+        return len(branches.rows)
 
     def take_in(self, rows: Tensor) -> Round:
         """Take in the cloud's answer.

@@ -34,7 +34,7 @@ def read_upload(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Uplo
     ReplyError
         What a device cannot mean; whether it fits what the cloud has is for :class:`fl_edge.hat.cloud.Cloud` to say.
     """
-    trees = {name: _numbers(plain, name) for name in ("parents", "kept") if name in plain}
+    trees: Plain = {name: _numbers(plain, name) for name in ("parents", "kept") if name in plain}
     return Upload(rows=_rows(tensors), **_read(plain, _UPLOAD), **trees)
 
 

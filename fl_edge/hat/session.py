@@ -1,0 +1,235 @@
+"""A device's side of one request after the other: what to send next, and what is measured by the way.
+
+Knows nothing of how messages travel: every upload that is returned gets one answer, or leave to go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from threading import Event
+from typing import Any
+
+from torch import Tensor
+
+from fl_edge.errors import ReplyError
+from fl_edge.hat.config import HatConfig
+from fl_edge.hat.drafting import Adapted
+from fl_edge.hat.generation import Generation, Output, Rules
+from fl_edge.hat.messages import Answer, Upload
+from fl_edge.hat.monitor import DeviceMonitor
+from fl_edge.hat.pace import MonitoredPace
+from fl_edge.hat.sampling import Sampler
+from fl_edge.seeding import derive_seed
+
+
+@dataclass
+class Account:
+    """What one request came to; nothing of its text.
+
+    Attributes
+    ----------
+    prompt, tokens
+        Tokens of the prompt, and new ones.
+    rounds, drafted, accepted, ahead
+        Answers of the cloud that brought tokens, drafts that were verified, those that held, and drafts that were there
+        already when the answer came.
+    up_bytes, down_bytes
+        Of hidden states.
+    first_s, total_s
+        Seconds from the start to the first token, and to the last.
+    """
+
+    prompt: int
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    ahead: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    first_s: float = 0.0
+    total_s: float = 0.0
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens of a round, without the one that the prompt brings; 0 where there was none."""
+        return (self.tokens - 1) / (self.rounds - 1) if self.rounds > 1 else 0.0
+
+    @property
+    def between_s(self) -> float:
+        """TBT, mean seconds between tokens; 0 for a single one."""
+        return (self.total_s - self.first_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+
+class DeviceSession:
+    """Generates on a device, request by request.
+
+    Parameters
+    ----------
+    model, adapter
+        The device's part; without an adapter nothing is drafted.
+    config
+        How.
+    context
+        Tokens that a request may have in the cloud.
+    seed
+        Of all draws; a request's follow from it and its number.
+    stops
+        Tokens that end a text.
+    hear
+        Called with the number of a request and its new tokens, as they come.
+    clock
+        Seconds.
+
+    Attributes
+    ----------
+    monitor
+        What was measured, over all requests.
+    account
+        Of the request under way, or the last.
+    """
+
+    def __init__(
+        self,
+        model: Output,
+        adapter: Adapted | None,
+        config: HatConfig,
+        context: int,
+        seed: int,
+        stops: Collection[int],
+        hear: Callable[[int, Sequence[int]], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._model, self._adapter, self._config, self._seed = model, adapter, config, seed
+        guesses = config.guesses if adapter else 0
+        self._rules = Rules(config.new_tokens, context, stops, config.threshold, guesses)
+        self._hear, self._clock = hear, clock
+        self.monitor = DeviceMonitor()
+        self.account = Account(0)
+        self._pace = MonitoredPace(config, self.monitor, row_bytes=0.0)
+        self._generation: Generation | None = None
+        self._started = self._sent_at = 0.0
+        self._sent_bytes = 0  # of the last upload; 0: another process sent it
+        self._came, self._ahead = Event(), Future[None]()
+        self._ahead.set_result(None)
+        self._beside = ThreadPoolExecutor(1, "fl_edge-ahead")
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a request has been begun and is not over."""
+        return self._generation is not None and not self._generation.over
+
+    def begin(self, request: int, prompt: Tensor) -> Upload:
+        """Start a request and return the first chunk of its prompt (n,).
+
+        Raises
+        ------
+        ConfigError
+            A prompt that leaves no room for an answer.
+        """
+        self._generation = self._new(request, prompt)
+        self.account, self._started = Account(len(prompt)), self._clock()
+        return self._leaves(self._generation.next_chunk())
+
+    def go_on(self) -> Upload:
+        """Return the next chunk, now that the cloud has the one before."""
+        if self._sent_bytes:
+            self.monitor.sent(self._sent_bytes, self._clock() - self._sent_at)
+        return self._leaves(self._current().next_chunk())
+
+    def look_ahead(self) -> None:
+        """Draft on until the answer comes, in a thread of its own."""
+        self._came.clear()
+        self._ahead = self._beside.submit(self._draft_on)
+
+    def answer(self, answer: Answer) -> Upload | None:
+        """Take in the cloud's answer; return what is to be verified next, nothing when the text is whole.
+
+        Raises
+        ------
+        ReplyError
+            An answer that does not fit.
+        """
+        came, generation, account = self._clock(), self._current(), self.account
+        self._stop_ahead()
+        self._measure(answer, came - self._sent_at - answer.wait_s - answer.batch_s)
+        found = generation.take_in(answer.rows)
+        account.tokens += len(found.tokens)
+        account.rounds += 1
+        account.drafted += found.drafted
+        account.accepted += found.accepted
+        account.ahead += found.ahead
+        account.down_bytes += answer.rows.nbytes
+        account.total_s = self._clock() - self._started
+        if account.rounds == 1:
+            account.first_s = account.total_s
+        self._hear(generation.request, found.tokens)
+        if generation.over:
+            return None
+        started = self._clock()
+        upload = generation.propose()
+        if not found.ahead:
+            self.monitor.drafted(self._clock() - started, len(upload.rows))
+        return self._leaves(upload)
+
+    def give_up(self) -> None:
+        """Forget the request under way."""
+        self._stop_ahead()
+        self._generation = None
+
+    def to_record(self) -> dict[str, Any]:
+        """Return where the request under way stands, as plain values, for :meth:`restore`."""
+        generation = self._current()
+        return {
+            "request": generation.request,
+            "text": list(generation.text),
+            "sent": generation.sent,
+            "pending": list(generation.pending),
+            "account": asdict(self.account),
+            "monitor": self.monitor.to_record(),
+        }
+
+    def restore(self, record: dict[str, Any], prompt: Tensor) -> None:
+        """Go on where another process was; times begin anew."""
+        self._pace.monitor = self.monitor = DeviceMonitor.from_record(record["monitor"])
+        self._generation = self._new(int(record["request"]), prompt)
+        self._generation.restore(record["text"], int(record["sent"]), record["pending"])
+        self.account, self._sent_bytes, self._sent_at = Account(**record["account"]), 0, self._clock()
+        self._started = self._sent_at - self.account.total_s
+
+    def _new(self, request: int, prompt: Tensor) -> Generation:
+        own = self._config
+        sampler = Sampler(own.temperature, own.top_p, derive_seed(self._seed, "hat", request))
+        return Generation(self._model, self._adapter, sampler, self._pace, self._rules, request, prompt)
+
+    def _current(self) -> Generation:
+        if self._generation is None:
+            raise ReplyError("the cloud speaks of a request, and none is under way on this device")
+        return self._generation
+
+    def _leaves(self, upload: Upload) -> Upload:
+        self._sent_bytes, self._sent_at = upload.rows.nbytes, self._clock()
+        self._pace.row_bytes = self._sent_bytes / len(upload.rows)
+        self.account.up_bytes += self._sent_bytes
+        return upload
+
+    def _draft_on(self) -> None:
+        started = self._clock()
+        steps = self._current().look_ahead(self._came.is_set)
+        if steps:
+            self.monitor.drafted(self._clock() - started, steps, self._rules.guesses)
+
+    def _stop_ahead(self) -> None:
+        self._came.set()
+        self._ahead.result()
+
+    def _measure(self, answer: Answer, seconds: float) -> None:
+        """Take in what an exchange took on its way, there and back."""
+        rows = len(answer.rows)
+        self.monitor.answered(rows, answer.wait_s, answer.batch_tokens, answer.batch_s)
+        if self._sent_bytes and seconds > 0:
+            self.monitor.exchanged(self._sent_bytes + answer.rows.nbytes, seconds)
+            self.monitor.sent(self._sent_bytes, seconds)
