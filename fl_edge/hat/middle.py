@@ -50,21 +50,26 @@ class Middle:
     ----------
     pool
         Where keys and values are kept.
-    width
-        d.
+    width, dtype
+        d, and what is computed in.
     capacity
         As given, or the model's context length if that is less.
+
+    Raises
+    ------
+    ConfigError
+        A budget that is less than one request.
     """
 
     def __init__(self, model: MiddleModel, capacity: int, tokens: int) -> None:
         self._model, body, config = model, model.body, model.config
-        body.set_attn_implementation(IMPLEMENTATION)
         attention = body.layers[0].self_attn
-        self._device, self._dtype = attention.o_proj.weight.device, attention.o_proj.weight.dtype
+        self._device, self.dtype = attention.o_proj.weight.device, attention.o_proj.weight.dtype
         self.width: int = config.hidden_size
         self.capacity = min(capacity, config.max_position_embeddings)
         shape = len(body.layers), config.num_key_value_heads, attention.head_dim
-        self.pool = Pool(*shape, self.capacity, tokens, self._device, self._dtype)
+        self.pool = Pool(*shape, self.capacity, tokens, self._device, self.dtype)
+        body.set_attn_implementation(IMPLEMENTATION)
 
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[Tensor]:
@@ -78,17 +83,17 @@ class Middle:
         Returns
         -------
         list of Tensor
-            For each item, in order, its rows after the middle submodel, (n, d), on the middle's device.
+            For each item, in order, its rows after the middle submodel, (n, d), on the device of the first one's rows.
         """
         spans = [item.span for item in items]
         order = grouped(spans)
-        groups = [Group([spans[index] for index in group], self._device, self._dtype) for group in order]
+        groups = [Group([spans[index] for index in group], self._device, self.dtype) for group in order]
         for group, indices in zip(groups, order, strict=True):
             self.pool.define((spans[index].slot for index in indices), group.length)
         line = [index for group in order for index in group]
-        rows = torch.cat([items[index].rows for index in line]).to(self._device, self._dtype)
+        rows = torch.cat([items[index].rows for index in line]).to(self._device, self.dtype)
         batch, positions = _batch(self.pool, groups, [spans[index] for index in line])
-        found: Tensor = self._model(rows[None], positions=positions, batch=batch)[0]
+        found = self._model(rows[None], positions=positions, batch=batch)[0].to(items[0].rows.device)
         ends = [0]
         for index in line:
             ends.append(ends[-1] + spans[index].count)

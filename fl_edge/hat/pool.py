@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fl_edge.errors import ConfigError
+
 _STEP = 64  # rows by which what is defined of a slot grows
 
 
@@ -38,6 +40,11 @@ class Pool:
         How many there are.
     free
         How many of them are free.
+
+    Raises
+    ------
+    ConfigError
+        A budget that is less than one request.
     """
 
     def __init__(
@@ -50,6 +57,8 @@ class Pool:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if tokens < capacity:
+            raise ConfigError(f"a cache of {tokens} tokens holds no request of {capacity}; it must be at least as many")
         self.capacity, self.slots = capacity, tokens // capacity
         self._shape = layers, 2, self.slots, heads, capacity, head_dim
         self._device, self._dtype = device, dtype
