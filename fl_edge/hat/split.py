@@ -132,6 +132,11 @@ class MiddleModel(nn.Module):
         self.shallow, self.bytes_read = shallow, read
         self.eval()
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
     @torch.no_grad()
     def forward(
         self, states: Tensor, cache: DynamicCache | None = None, positions: Tensor | None = None, **attention: Any
