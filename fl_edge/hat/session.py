@@ -6,15 +6,16 @@ Knows nothing of how messages travel: every upload that is returned gets one ans
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from threading import Event
 from typing import Any
 
 from torch import Tensor
 
 from fl_edge.errors import ReplyError
+from fl_edge.hat.account import Account
 from fl_edge.hat.config import HatConfig
 from fl_edge.hat.drafting import Adapted
 from fl_edge.hat.generation import Generation, Output, Rules
@@ -23,45 +24,6 @@ from fl_edge.hat.monitor import DeviceMonitor
 from fl_edge.hat.pace import MonitoredPace
 from fl_edge.hat.sampling import Sampler
 from fl_edge.seeding import derive_seed
-
-
-@dataclass
-class Account:
-    """What one request came to; nothing of its text.
-
-    Attributes
-    ----------
-    prompt, tokens
-        Tokens of the prompt, and new ones.
-    rounds, drafted, accepted, ahead
-        Answers of the cloud that brought tokens, drafts that were verified, those that held, and drafts that were there
-        already when the answer came.
-    up_bytes, down_bytes
-        Of hidden states.
-    first_s, total_s
-        Seconds from the start to the first token, and to the last.
-    """
-
-    prompt: int
-    tokens: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    ahead: int = 0
-    up_bytes: int = 0
-    down_bytes: int = 0
-    first_s: float = 0.0
-    total_s: float = 0.0
-
-    @property
-    def accept_length(self) -> float:
-        """Tokens of a round, without the one that the prompt brings; 0 where there was none."""
-        return (self.tokens - 1) / (self.rounds - 1) if self.rounds > 1 else 0.0
-
-    @property
-    def between_s(self) -> float:
-        """TBT, mean seconds between tokens; 0 for a single one."""
-        return (self.total_s - self.first_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
 
 class DeviceSession:
@@ -86,6 +48,8 @@ class DeviceSession:
 
     Attributes
     ----------
+    context
+        As given.
     monitor
         What was measured, over all requests.
     account
@@ -104,6 +68,7 @@ class DeviceSession:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model, self._adapter, self._config, self._seed = model, adapter, config, seed
+        self.context = context
         guesses = config.guesses if adapter else 0
         self._rules = Rules(config.new_tokens, context, stops, config.threshold, guesses)
         self._hear, self._clock = hear, clock
@@ -141,7 +106,9 @@ class DeviceSession:
         return self._leaves(self._current().next_chunk())
 
     def look_ahead(self) -> None:
-        """Draft on until the answer comes, in a thread of its own."""
+        """Draft on until the answer comes, in a thread of its own; not before the whole prompt was sent."""
+        if self._current().sent < len(self._current().prompt):
+            return
         self._came.clear()
         self._ahead = self._beside.submit(self._draft_on)
 
@@ -182,17 +149,16 @@ class DeviceSession:
 
     def to_record(self) -> dict[str, Any]:
         """Return where the request under way stands, as plain values, for :meth:`restore`."""
-        generation = self._current()
-        return {
-            "request": generation.request,
-            "text": list(generation.text),
-            "sent": generation.sent,
-            "pending": list(generation.pending),
-            "account": asdict(self.account),
-            "monitor": self.monitor.to_record(),
-        }
+        place = self._place(self._current())
+        return {**place, "account": asdict(self.account), "monitor": self.monitor.to_record()}
 
-    def restore(self, record: dict[str, Any], prompt: Tensor) -> None:
+    def stands_at(self, record: Mapping[str, Any]) -> bool:
+        """Return whether this is where a record of :meth:`to_record` was made."""
+        return self._generation is not None and all(
+            record[name] == value for name, value in self._place(self._generation).items()
+        )
+
+    def restore(self, record: Mapping[str, Any], prompt: Tensor) -> None:
         """Go on where another process was; times begin anew."""
         self._pace.monitor = self.monitor = DeviceMonitor.from_record(record["monitor"])
         self._generation = self._new(int(record["request"]), prompt)
@@ -204,6 +170,15 @@ class DeviceSession:
         own = self._config
         sampler = Sampler(own.temperature, own.top_p, derive_seed(self._seed, "hat", request))
         return Generation(self._model, self._adapter, sampler, self._pace, self._rules, request, prompt)
+
+    @staticmethod
+    def _place(generation: Generation) -> dict[str, Any]:
+        return {
+            "request": generation.request,
+            "text": list(generation.text),
+            "sent": generation.sent,
+            "pending": list(generation.pending),
+        }
 
     def _current(self) -> Generation:
         if self._generation is None:

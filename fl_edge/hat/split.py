@@ -190,7 +190,7 @@ def load_device(folder: Path, shallow: int, device: torch.device, dtype: torch.d
         A folder without a model, or files that are damaged or do not fit its configuration.
     """
     opened, shallow = _open(folder, shallow, device, dtype)
-    layers: int = opened.config.num_hidden_layers
+    identity = _identity(opened, shallow)
     base, model = opened.skeleton.base_model_prefix, opened.skeleton
     body, norm = model.base_model, model.base_model.norm
     _keep(opened, range(shallow))
@@ -200,16 +200,6 @@ def load_device(folder: Path, shallow: int, device: torch.device, dtype: torch.d
         model.lm_head.weight = body.embed_tokens.weight
     else:
         opened.fill(model.lm_head, "lm_head")
-    identity = {
-        "family": opened.config.model_type,
-        "layers": layers,
-        "shallow": shallow,
-        "width": opened.config.hidden_size,
-        "vocabulary": opened.config.vocab_size,
-    }
-    sampled = ["lm_head.weight", f"{base}.norm.weight"]
-    sampled += [f"{opened.block_path}.{layer}.self_attn.o_proj.weight" for layer in range(shallow)]
-    identity["weights"] = _digest(opened, sampled)
     return DeviceModel(body, norm, model.lm_head, identity, opened.shards.bytes_read)
 
 
@@ -220,6 +210,24 @@ def load_middle(folder: Path, shallow: int, device: torch.device, dtype: torch.d
     _keep(opened, range(shallow, opened.config.num_hidden_layers))
     body.embed_tokens = None
     return MiddleModel(body, shallow, opened.shards.bytes_read)
+
+
+def identify(folder: Path, shallow: int) -> dict[str, Any]:
+    """Return what tells a device's part of one model and cut from others', see :class:`DeviceModel`."""
+    return _identity(*_open(folder, shallow, torch.device("cpu"), None))
+
+
+def _identity(opened: ModelFolder, shallow: int) -> dict[str, Any]:
+    sampled = ["lm_head.weight", f"{opened.skeleton.base_model_prefix}.norm.weight"]
+    sampled += [f"{opened.block_path}.{layer}.self_attn.o_proj.weight" for layer in range(shallow)]
+    return {
+        "family": opened.config.model_type,
+        "layers": opened.config.num_hidden_layers,
+        "shallow": shallow,
+        "width": opened.config.hidden_size,
+        "vocabulary": opened.config.vocab_size,
+        "weights": _digest(opened, sampled),
+    }
 
 
 def _open(folder: Path, shallow: int, device: torch.device, dtype: torch.dtype | None) -> tuple[ModelFolder, int]:

@@ -29,7 +29,7 @@ def arriving(grid: Grid, messages: Iterable[Message], timeout: float | None) -> 
         for reply in replies:
             node = ids.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
-                yield node, _sorted(reply)
+                yield node, sorted_reply(reply)
         if deadline is not None and time.monotonic() > deadline:
             break
         if ids and not replies:
@@ -38,7 +38,8 @@ def arriving(grid: Grid, messages: Iterable[Message], timeout: float | None) -> 
         yield node, f"no answer within {timeout} s"
 
 
-def _sorted(reply: Message) -> Message | str:
+def sorted_reply(reply: Message) -> Message | str:
+    """Return a reply, or in one line why it is none: Flower's error, or what the device refused."""
     if reply.has_error():
         lines = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
         return f"Flower's error {reply.error.code}: {lines[-1]}"
