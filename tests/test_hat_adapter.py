@@ -288,6 +288,21 @@ def test_loss_changes_the_adapter_alone(room: Room) -> None:
     assert not any(parameter.grad is not None for parameter in room.device.parameters())
 
 
+def test_adapter_in_float32_learns_beside_a_model_in_bfloat16(room: Room) -> None:
+    device, middle = load_device(room.folder, 2, CPU, torch.bfloat16), load_middle(room.folder, 2, CPU, torch.bfloat16)
+    lessons = teach(device, middle, draw_tokens(4, 6))
+    assert lessons.states.dtype == lessons.rows.dtype == torch.bfloat16
+    adapter = new_adapter(device, torch_rng(0, "adapter"))
+    loss = distillation_loss(adapter, device, lessons.states, lessons.rows, lessons.mask)
+    exact = distillation_loss(
+        copy.deepcopy(adapter).double(), room.device, *dataclasses.astuple(draw_lessons(room, 4, 6))
+    )
+    assert loss.dtype == torch.float32
+    assert distance(loss, exact) < 0.05
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
 def test_tokens_that_do_not_count_change_nothing(room: Room) -> None:
     lessons, mask = draw_lessons(room), torch.ones(6, 9, dtype=torch.bool)
     mask[:, 6:] = False  # filled up at the end
