@@ -91,7 +91,8 @@ def new_adapter(device: DeviceModel, generator: torch.Generator) -> Adapter:
     """Return an adapter to be trained, in float32, where the device model is.
 
     Its output norm begins as the model's final norm, whose place it takes; the rest is drawn as the model's weights
-    were. *Ours*: in our trials it was never worse than all drawn, and no start with copied attention ended better.
+    were. *Ours*: on the small Llama it agreed no worse after 300 steps than all drawn, at three learning rates, and the
+    attention of the last shallow layer as a start was no gain.
 
     Parameters
     ----------
