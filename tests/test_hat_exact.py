@@ -40,14 +40,14 @@ class Site:
     def __init__(self, folder: Path, name: str) -> None:
         self.whole: Any = load_whole(save_model(folder / "drawn", name))
         for layer in self.whole.model.layers[2:]:  # a middle that changes little, so that some drafts hold
-            layer.self_attn.o_proj.weight.mul_(0.1)
-            layer.mlp.down_proj.weight.mul_(0.1)
+            layer.self_attn.o_proj.weight.mul_(0.02)
+            layer.mlp.down_proj.weight.mul_(0.02)
         self.whole.save_pretrained(folder)
         self.device: DeviceModel = load_device(folder, 2, CPU)
         self.folder = folder
         self.adapter: Adapter = new_adapter(self.device, torch_rng(0, "adapter")).to(torch.float64)
         with torch.no_grad():
-            self.adapter.get_parameter("attention.o_proj.weight").mul_(0.1)
+            self.adapter.get_parameter("attention.o_proj.weight").mul_(0.01)
 
     def cloud(self, limits: Limits | None = None) -> Cloud:
         limits = limits or Limits()
