@@ -173,7 +173,7 @@ def figure(results: Results, path: Path) -> None:
     colors = ["tab:gray" if PEER in case else "tab:orange" for case in cases]
     memory.barh(cases, [(results.center(case, "peak_mb") or 0) / 1e3 for case in cases], color=colors)
     memory.axvline(3, color="black", linestyle=":")
-    memory.set_xlabel("peak resident memory, GB (line: 3 GB)")
+    memory.set_xlabel("peak resident memory, GB\n(line: 3 GB)")
     latencies = [case for case in MEASURES if case.startswith("latency")]
     for row, case in enumerate(latencies):
         for phase, color, shift in zip(PHASES, ("tab:orange", "tab:blue"), (-0.15, 0.15), strict=True):
@@ -184,8 +184,8 @@ def figure(results: Results, path: Path) -> None:
             left = results.values(case, f"{phase}_macs")
             times.plot(left, [row + shift] * len(left), "|", color="black", markersize=10)
     times.set_yticks(range(len(latencies)), [case.partition(": ")[2] for case in latencies])
-    times.set(xlim=(0, 1.2), xlabel="time of pruned / dense (bar: multiply-adds)")
-    times.legend(fontsize=8)
+    times.set(xlim=(0, 1.2), xlabel="time of pruned / dense\n(bar: multiply-adds)")
+    times.legend(fontsize=8, loc="lower left")
     for axes in (memory, times):
         axes.spines[["top", "right"]].set_visible(False)
         axes.invert_yaxis()

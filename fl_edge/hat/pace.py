@@ -8,6 +8,8 @@ from fl_edge.hat.chunking import Conditions, chunk_length
 from fl_edge.hat.config import HatConfig
 from fl_edge.hat.monitor import DeviceMonitor
 
+_FIRST = 64  # tokens, over a link of which nothing is known: long enough to tell a rate, short enough to lose little
+
 
 @dataclass
 class MonitoredPace:
@@ -28,18 +30,17 @@ class MonitoredPace:
     row_bytes: float
 
     def chunk(self, left: int) -> int:
-        """Return the chunk length for what is left of a prompt; with an unmeasured link the longest."""
+        """Return the chunk length for what is left of a prompt; the first chunk of all measures the link."""
         own = self.config
         if own.chunking == "none":
             return left
         if self.monitor.up is None:
-            return min(left, own.longest_chunk)
+            return min(left, max(own.shortest_chunk, min(_FIRST, own.longest_chunk)))
         conditions = Conditions(
             row_bytes=self.row_bytes,
             up=self.monitor.up,
             delay=self.monitor.delay,
             background=self.monitor.background or 0.0,
-            message_s=(self.monitor.latency_s or 0.0) / 2,
         )
         return chunk_length(left, conditions, own.chunking, own.shortest_chunk, own.longest_chunk)
 
