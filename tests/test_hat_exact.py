@@ -40,8 +40,8 @@ class Site:
     def __init__(self, folder: Path, name: str) -> None:
         self.whole: Any = load_whole(save_model(folder / "drawn", name))
         for layer in self.whole.model.layers[2:]:  # a middle that changes little, so that some drafts hold
-            layer.self_attn.o_proj.weight.mul_(0.02)
-            layer.mlp.down_proj.weight.mul_(0.02)
+            for parameter in (*layer.self_attn.o_proj.parameters(), *layer.mlp.down_proj.parameters()):
+                parameter.mul_(0.02)
         self.whole.save_pretrained(folder)
         self.device: DeviceModel = load_device(folder, 2, CPU)
         self.folder = folder

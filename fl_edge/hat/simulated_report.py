@@ -18,8 +18,8 @@ Beyond 15 %, and why:
 * TBT of U-shape, 13B, in the ablation: it has HAT 66 % below U-shape, the main table 74.7 %, in the same setting; the
   simulation follows the main table.
 * In-cloud delay a batch of U-Medusa and U-shape, 7B: in the model a prompt below the knee costs nothing extra, as the
-  paper's pilot has it, but its means of 10.0 and 8.4 ms (standard deviations 8.1 and 7.1) need dear prompts. With a
-  lower knee those rows come out and the 13B's are overloaded.
+  paper's pilot has it, but its means of 10.0 and 8.4 ms (standard deviations 8.1 and 7.1) need dear prompts. A knee
+  of 256 tokens with a lower slope left them where they are.
 * Standard deviations of HAT's and U-Sarathi's batches are left out: a modelled batch has no jitter. So is the service
   level of 350 ms for prefill, which HAT meets always with a mean TTFT of 384 ms: it must be measured otherwise.
 """
