@@ -41,7 +41,7 @@ TAYLOR_SEQUENCES, TAYLOR_LENGTH = 10, 64
 PEER, FAITHFUL, RECOMMENDED = "Taylor in float32", "COMP, faithful", "COMP, recommended"
 BIG = "llama-2-7b"
 MEMORY_SHAPES = ("tinyllama-1.1b",) if DEVICE == "cpu" else ("tinyllama-1.1b", BIG)
-QUICK_SHAPE, QUICK_LAYERS, QUICK_STREAMED = "qwen2-0.5b", 8, 2  # layers of it, and of the streamed shape
+QUICK_LAYERS, QUICK_STREAMED = 3, 2  # of the shapes, and of the one that is streamed
 LATENCY = {"tinyllama-1.1b": Setting("tinyllama-1.1b", 8)} | ({} if DEVICE == "cpu" else {BIG: Setting(BIG, 32)})
 PHASES = ("decode", "prefill")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -73,8 +73,7 @@ def latency_case(shape: str, grain: str, ratio: float) -> str:
 
 
 def measure_memory(shape: str, who: str, seed: int, quick: bool) -> dict[str, float]:
-    """Return the peak of a pruning run; quick means a smaller shape, few layers and less text."""
-    shape = QUICK_SHAPE if quick else shape
+    """Return the peak of a pruning run; quick means few layers and less text."""
     folder = checkpoint(shape, QUICK_LAYERS if quick else SHAPES[shape]["num_hidden_layers"])
     if who == PEER:
         text = {"sequences": TAYLOR_SEQUENCES, "length": TAYLOR_LENGTH}
