@@ -35,7 +35,6 @@ def _decoder(kind: str, layers: int, width: int, channels: int, heads: int, grou
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "tiny": _decoder("llama", 3, 32, 56, 4, 2, 128),
-    "qwen2-0.5b": _decoder("qwen2", 24, 896, 4864, 14, 2, 151936),
     "tinyllama-1.1b": _decoder("llama", 22, 2048, 5632, 32, 4, 32000),
     "llama-2-7b": _decoder("llama", 32, 4096, 11008, 32, 32, 32000),
 }

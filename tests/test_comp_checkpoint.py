@@ -449,6 +449,5 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
     for shape, settings in comp_shapes.SHAPES.items():
         with torch.device("meta"):
             sizes[shape] = build(transformers.AutoConfig.for_model(**settings)).num_parameters()
-    assert sizes["qwen2-0.5b"] == 494_032_768
     assert sizes["tinyllama-1.1b"] == 1_100_048_384
     assert sizes["llama-2-7b"] == 6_738_415_616
