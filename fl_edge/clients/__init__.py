@@ -7,14 +7,26 @@ from fl_edge.lazy import lazy_exports
 if TYPE_CHECKING:
     from fl_edge.clients.comp import CompClient, CompWorkload
     from fl_edge.clients.fedspine import FedSpineClient, FedSpineWorkload
+    from fl_edge.clients.hat import HatClient, HatWorkload
     from fl_edge.clients.mergesfl import MergeSFLClient, Workload
 
-__all__ = ["CompClient", "CompWorkload", "FedSpineClient", "FedSpineWorkload", "MergeSFLClient", "Workload"]
+__all__ = [
+    "CompClient",
+    "CompWorkload",
+    "FedSpineClient",
+    "FedSpineWorkload",
+    "HatClient",
+    "HatWorkload",
+    "MergeSFLClient",
+    "Workload",
+]
 _HOMES = {
     "CompClient": "comp",
     "CompWorkload": "comp",
     "FedSpineClient": "fedspine",
     "FedSpineWorkload": "fedspine",
+    "HatClient": "hat",
+    "HatWorkload": "hat",
     "MergeSFLClient": "mergesfl",
     "Workload": "mergesfl",
 }
