@@ -1,4 +1,4 @@
-"""Settings of HAT. What is known of the paper's: threshold 0.6 and 128 new tokens; every other number is ours.
+"""Settings of HAT. What is known of the paper's: threshold 0.6, 128 new tokens, w_ce = 0.1; the rest is ours.
 
 Source: HAT (arXiv 2503.18989), its abstract and notes on it.
 """
@@ -48,3 +48,15 @@ class CloudConfig:
     batch_tokens: int = setting(512, "rows of a batch, at most; 0: no limit", low=0)
     prompt_chunk: int = setting(0, "rows of one prompt in a batch, at most; 0: as devices send them", low=0)
     lease_s: float = setting(60.0, "seconds after which a silent device's requests are forgotten", low=0.1)
+
+
+@dataclass
+class TrainingConfig:
+    """How devices train the adapter together."""
+
+    rounds: int = setting(8, "of training; 0: none", low=0)
+    steps: int = setting(40, "of the optimiser, on a device in a round", low=1)
+    batch_size: int = setting(4, "sequences of a step", low=1)
+    rate: float = setting(1e-2, "highest learning rate of AdamW, in the first round", low=0.0)
+    token_weight: float = setting(0.1, "w_ce: weight of the cross-entropy in the loss", low=0.0)
+    held_out: float = setting(0.125, "share of a device's sequences that it does not train on", low=0.0, high=0.9)

@@ -129,15 +129,7 @@ class Hat:
         return self.report
 
     def _accept(self, _device: str, said: Mapping[str, Any]) -> None:
-        try:
-            model = json.loads(said["model"])
-        except (ValueError, TypeError):
-            model = None
-        if model != self.identity:
-            told = ", ".join(
-                key for key, value in self.identity.items() if not isinstance(model, dict) or model.get(key) != value
-            )
-            raise ReplyError(f"its part of the model is not of the server's model: {told} differ")
+        check_model(said, self.identity)
 
     def _take(self, talk: Talk, device: str, reply: Message | None) -> None:
         """Hand on what a device sent; a device that is lost loses its requests."""
@@ -177,6 +169,25 @@ class Hat:
         self.report.accounts[device].append(account)
         for observer in self.observers or [_logged]:
             observer(device, account)
+
+
+def check_model(said: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """See that a device's part of the model, as it describes it, is of a model and a cut.
+
+    Raises
+    ------
+    ReplyError
+        It is of another one.
+    """
+    try:
+        model = json.loads(said["model"])
+    except (ValueError, TypeError):
+        model = None
+    if model != identity:
+        told = ", ".join(
+            key for key, value in identity.items() if not isinstance(model, dict) or model.get(key) != value
+        )
+        raise ReplyError(f"its part of the model is not of the server's model: {told} differ")
 
 
 def _logged(device: str, account: Account) -> None:

@@ -1,0 +1,181 @@
+"""Federated training of the adapter: rounds of local training, and a weighted mean (FedAvg).
+
+*Ours*: the paper does not tell where its adapter is trained. What a device does in a round is HAT's distillation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fl_edge.errors import ReplyError
+from fl_edge.hat.adapter import Adapter
+from fl_edge.hat.config import TrainingConfig
+from fl_edge.hat.distillation import Course, Lessons, Likeness, compare, train
+from fl_edge.hat.split import DeviceModel
+
+Weights = dict[str, Tensor]
+
+
+def course(config: TrainingConfig, server_round: int) -> Course:
+    """Return how devices train in a round, counted from 1: the rate falls linearly from round to round, and in each."""
+    rate = config.rate * (config.rounds - server_round + 1) / config.rounds
+    return Course(config.steps, config.batch_size, rate, token_weight=config.token_weight)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a device has to say after a round.
+
+    Attributes
+    ----------
+    weights
+        Of its adapter.
+    tokens
+        That it was trained on, its weight in the mean.
+    before
+        How near the adapter that it was sent was to the whole model, on sequences that no device trains on.
+    loss
+        Of the last step.
+    """
+
+    weights: Weights
+    tokens: int
+    before: Likeness
+    loss: float
+
+
+def learn(
+    model: DeviceModel,
+    weights: Mapping[str, Tensor],
+    lessons: Lessons,
+    order: Course,
+    held_out: float,
+    seed: int,
+) -> Learned:
+    """Train an adapter on a device for one round.
+
+    Parameters
+    ----------
+    weights
+        Of the adapter that the server sent.
+    lessons
+        The device's own.
+    order
+        How.
+    held_out
+        Share of the sequences, the last ones, that are not trained on.
+    seed
+        Of this device and round.
+
+    Raises
+    ------
+    ReplyError
+        Weights that are no adapter of this model, or too few sequences.
+    TrainingError
+        A loss that is not a number.
+    """
+    adapter = fitted(model, weights).train()
+    kept = len(lessons) - max(1, round(held_out * len(lessons)))
+    if kept < 1:
+        raise ReplyError(f"{len(lessons)} sequences are too few to train on some and to test on others; at least 2")
+    own, test = _part(lessons, slice(kept)), _part(lessons, slice(kept, None))
+    before = compare(adapter, model, test, token_weight=order.token_weight)
+    losses = [float("nan")]
+    train(adapter, model, own, order, seed, lambda _step, loss: losses.append(loss))
+    found = {name: tensor.detach().cpu() for name, tensor in adapter.state_dict().items()}
+    return Learned(found, int(own.mask.sum()), before, losses[-1])
+
+
+def fitted(model: DeviceModel, weights: Mapping[str, Tensor]) -> Adapter:
+    """Return an adapter in float32 with given weights, where the model is.
+
+    Raises
+    ------
+    ReplyError
+        Weights that are no adapter of this model.
+    """
+    adapter = Adapter(model.config)
+    check_weights(weights, adapter.state_dict())
+    adapter.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return adapter.to(model.device)
+
+
+def check_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """See that weights have the names and shapes of others, and are finite.
+
+    Raises
+    ------
+    ReplyError
+        They have not.
+    """
+    if weights.keys() != like.keys():
+        raise ReplyError(f"an adapter of {len(weights)} tensors; {len(like)} were due, {', '.join(like)}")
+    for name, tensor in weights.items():
+        if tensor.shape != like[name].shape:
+            raise ReplyError(f"{name} of an adapter has shape {tuple(tensor.shape)}; due is {tuple(like[name].shape)}")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ReplyError(f"{name} of an adapter is not all finite numbers")
+
+
+def mean(each: Sequence[tuple[Mapping[str, Tensor], int]]) -> Weights:
+    """Return the mean of adapters, weighted by tokens (FedAvg), in float32; summed in float64, in the given order."""
+    total = sum(tokens for _, tokens in each)
+    names = each[0][0]
+    return {
+        name: torch.stack([weights[name].double() * (tokens / total) for weights, tokens in each]).sum(0).float()
+        for name in names
+    }
+
+
+@dataclass(frozen=True)
+class AdapterRound:
+    """One round of the adapter's training.
+
+    Attributes
+    ----------
+    server_round
+        From 1.
+    devices
+        That answered.
+    agreement, overlap
+        Of the adapter before the round with the whole model, on held-out text, see
+        :class:`~fl_edge.hat.distillation.Likeness`; mean over the devices by their tokens.
+    loss
+        Of the devices' last steps.
+    absent
+        Device -> why it does not count.
+    up_bytes, down_bytes
+        Of adapters.
+    real_s
+        Seconds.
+    """
+
+    server_round: int
+    devices: int
+    agreement: float
+    overlap: float
+    loss: float
+    absent: Mapping[str, str] = field(default_factory=dict)
+    up_bytes: int = 0
+    down_bytes: int = 0
+    real_s: float = 0.0
+
+    def line(self, rounds: int) -> str:
+        """Say it in one line."""
+        return (
+            f"adapter {self.server_round:3d}/{rounds}  agrees on {100 * self.agreement:.1f} % of tokens before it, "
+            f"loss {self.loss:.3f}  {self.devices} devices  {self.real_s:.1f} s"
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {"kind": "adapter", **asdict(self), "absent": dict(self.absent)}
+
+
+def _part(lessons: Lessons, which: slice) -> Lessons:
+    return Lessons(lessons.states[which], lessons.rows[which], lessons.mask[which])
