@@ -110,9 +110,9 @@ def serve(nodes: int, size: int, exchanges: int, processes: int, folder: str) ->
     """Be the server process: every node gets back, in each exchange, what it sent in the one before."""
     import psutil
 
+    from fl_edge.link.certificates import make_certificates
     from fl_edge.link.flower import identify_process
     from fl_edge.link.resident import TLS, ResidentGrid
-    from simulations.certificates import make_certificates
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     identify_process(1)

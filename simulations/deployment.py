@@ -30,7 +30,8 @@ from typing import Any, Self
 
 import httpx
 
-from simulations.certificates import make_certificates, make_node_key
+from fl_edge.link.certificates import make_certificates
+from simulations.certificates import make_node_key
 from simulations.launch import SWITCHES
 from simulations.processes import DeploymentError, Service, end, find, marked
 

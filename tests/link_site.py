@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import grpc
 
+from fl_edge.link.certificates import make_certificates
 from fl_edge.link.resident.client import Invitation, LinkClient
 from fl_edge.link.resident.config import TLS, LinkConfig
 from fl_edge.link.resident.frames import (
@@ -31,7 +32,6 @@ from fl_edge.link.resident.frames import (
     read_welcome,
 )
 from fl_edge.link.resident.server import LinkServer
-from simulations.certificates import make_certificates
 
 PATIENCE_S = 60.0  # a safety net only
 A_MOMENT_S = 0.1  # long enough for something to happen that must not

@@ -12,6 +12,7 @@ import pytest
 
 from fl_edge.config import allowed, check
 from fl_edge.errors import ConfigError, ReplyError
+from fl_edge.link.certificates import make_certificates
 from fl_edge.link.flower import identify_process
 from fl_edge.link.resident.client import Invitation
 from fl_edge.link.resident.config import TLS, LinkConfig
@@ -19,7 +20,6 @@ from fl_edge.link.resident.frames import TOKEN_BYTES
 from fl_edge.link.resident.invitation import STAY, make_invitation, read_invitation
 from fl_edge.link.resident.server import Session
 from fl_edge.link.resident.tokens import Tokens
-from simulations.certificates import make_certificates
 
 identify_process(1)
 

@@ -19,12 +19,12 @@ from flwr.serverapp.strategy import FedAvg
 
 from fl_edge.errors import ConfigError
 from fl_edge.link import LocalGrid
+from fl_edge.link.certificates import make_certificates
 from fl_edge.link.flower import identify_process
 from fl_edge.link.resident import ClientApp, LinkConfig, ResidentGrid, ServerApp
 from fl_edge.link.resident.config import TLS
 from fl_edge.link.resident.serverapp import resident_where_possible
 from fl_edge.link.resident.staying import stays
-from simulations.certificates import make_certificates
 from tests.flower_stub import FlowerStub, ThreadFlower
 
 identify_process(1)

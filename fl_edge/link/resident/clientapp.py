@@ -50,7 +50,7 @@ def _stay(answer: Answer, message: Message, context: Context) -> Message:
     try:
         with staying():
             for chunks in client.messages():
-                client.send(_reply(answer, chunks, context, compressor, invitation.max_message_bytes))
+                client.send(reply_to(answer, chunks, context, compressor, invitation.max_message_bytes))
                 served += 1
                 del chunks  # or it would live until the next message is there
     finally:
@@ -59,7 +59,7 @@ def _stay(answer: Answer, message: Message, context: Context) -> Message:
     return Message(RecordDict({"fl_edge.link": left}), reply_to=message)
 
 
-def _reply(
+def reply_to(
     answer: Answer, chunks: list[Buffer], context: Context, compressor: Compressor | None, max_bytes: int
 ) -> list[Buffer]:
     """Let the app answer one message; what goes wrong becomes an error reply, as Flower words it."""

@@ -39,9 +39,12 @@ class LinkConfig:
         return self.max_message_mib * 1024**2
 
 
+OPEN = LinkConfig(max_message_mib=256)  # where clients come by themselves nobody tells them: both ends take these
+
+
 @dataclass(frozen=True)
 class TLS:
-    """The server's certificate, as PEM: those that Flower's SuperLink was given.
+    """The server's certificate, as PEM: those that Flower's SuperLink was given, if there is one.
 
     Attributes
     ----------

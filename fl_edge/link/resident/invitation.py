@@ -1,7 +1,8 @@
-"""The invitation: the one message that asks a node by Flower's own way to come and stay."""
+"""The invitation that asks a node by Flower's own way to come and stay; and the one for a client without Flower."""
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -48,3 +49,30 @@ def read_invitation(message: Message) -> tuple[Invitation, str]:
         raise ReplyError("the server has another version of fl_edge than this device; install the same on both")
     compression = str(record.pop("compression"))
     return Invitation(node_id=message.metadata.dst_node_id, **record), compression  # type: ignore[arg-type]
+
+
+def own_invitation(address: str, token: bytes, authority: bytes, config: LinkConfig) -> Invitation:
+    """Return what a client needs to come to an :class:`~fl_edge.link.resident.open.OpenGrid` by itself.
+
+    Parameters
+    ----------
+    address
+        ``host:port``.
+    token
+        That the server lets devices in with.
+    authority
+        PEM to trust; empty for a connection in the clear.
+    config
+        Time-outs; the rest must be as the server has it.
+    """
+    number = 1 + secrets.randbelow(2**62)  # nobody is told it; two devices draw the same hardly ever
+    return Invitation(
+        address=address,
+        node_id=number,
+        authority=authority,
+        token=token,
+        grace_s=config.grace_s,
+        heartbeat_s=config.heartbeat_s,
+        frame_bytes=config.frame_bytes,
+        max_message_bytes=config.max_message_bytes,
+    )

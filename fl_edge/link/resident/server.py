@@ -42,6 +42,7 @@ logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "Invalid encod
 _SPARE_CALLS = 16  # calls at once beyond one a node: reconnections, and peers that will be refused
 _HANDSHAKE_S = 10  # for TLS and HTTP/2; a connection without a call is closed after as long
 _METADATA_BYTES = 4096
+_MOST_NODES = 2**63  # a node's number must fit into Flower's messages
 _CANCEL_S = 1.0  # for calls to end that were cut off; gRPC itself waits until a frozen peer misses a heartbeat
 
 
@@ -82,6 +83,8 @@ class LinkServer:
     on_end
         Called once for a session that ended by itself (not by :meth:`release`, :meth:`close` or another :meth:`admit`):
         with the node and the reason. What it had sent and was not taken in by then is dropped.
+    opens
+        Asked whether a token begins a session for a node that has none. By default none does: nodes are admitted.
 
     Raises
     ------
@@ -96,11 +99,13 @@ class LinkServer:
         tls: TLS | None,
         on_message: Callable[[int, Sequence[Buffer]], None],
         on_end: Callable[[int, str], None],
+        opens: Callable[[bytes], bool] | None = None,
     ) -> None:
         check(config)
         self._config = config
         self._on_message = on_message
         self._on_end = on_end
+        self._opens = opens
         self._changed = threading.Condition()
         self._sessions: dict[int, Session] = {}
         self._server = grpc.server(
@@ -157,6 +162,10 @@ class LinkServer:
             The message is too long.
         """
         self._sessions[node_id].stream.send(parts)
+
+    def connected(self) -> list[int]:
+        """Return the nodes that have a session and a connection."""
+        return [node_id for node_id, session in list(self._sessions.items()) if session.connected]
 
     def state(self, node_id: int) -> str:
         """Return ``absent`` (no session), ``invited`` (no connection yet), ``connected`` or ``cut``."""
@@ -231,13 +240,26 @@ class LinkServer:
         token = offered.get(TOKEN_KEY, b"")
         token = token if isinstance(token, bytes) else b""
         node = str(offered.get(NODE_KEY, ""))
-        session = self._sessions.get(int(node)) if node.isascii() and node.isdecimal() and len(node) <= 20 else None
+        number = int(node) if node.isascii() and node.isdecimal() and len(node) <= 20 else None
+        session = None if number is None else self._sessions.get(number)
         good = (session or _nobody).tokens.accept(token)
         try:
             position = Position.parse(str(offered.get(POSITION_KEY, "")))
         except ReplyError:
-            good, position = False, Position()
+            return None, token, Position()
+        if number is not None and session is None and position == Position():
+            session = self._opened(number, token)
+            good = session is not None
         return (session if good else None), token, position
+
+    def _opened(self, node_id: int, token: bytes) -> Session | None:
+        """Begin a session for a node that comes by itself, if its token is good for that and there is room."""
+        room = 0 < node_id < _MOST_NODES and len(self._sessions) < self._config.max_nodes
+        if self._opens is None or not self._opens(token) or not room:
+            return None
+        session = self._sessions[node_id] = Session(node_id, self._config)
+        session.tokens.issue(used=token)
+        return session
 
     def _read(self, session: Session, connection: int, requests: Iterator[bytes], context: Any) -> None:
         """Take in what a node sends on one connection."""
