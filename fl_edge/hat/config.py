@@ -29,6 +29,8 @@ class HatConfig:
     max_drafts: int = setting(6, "tokens of a draft, at most; 0: none, the U-shaped split", low=0, high=64)
     guesses: int = setting(2, "k: guesses from which is drafted on during verification; 0: none", low=0, high=16)
 
+    tree_rows: int = setting(8, "rows of a draft tree of Medusa's heads, with the newest token's own", low=1, high=64)
+
     # the prompt
     chunking: str = setting(
         "ttft", "chunks of a prompt: of least predicted time to the first token, by either reading of the paper's "
@@ -57,6 +59,6 @@ class TrainingConfig:
     rounds: int = setting(8, "of training; 0: none", low=0)
     steps: int = setting(40, "of the optimiser, on a device in a round", low=1)
     batch_size: int = setting(4, "sequences of a step", low=1)
-    rate: float = setting(1e-2, "highest learning rate of AdamW, in the first round", low=0.0)
+    rate: float = setting(3e-2, "highest learning rate of AdamW, in the first round", low=0.0)
     token_weight: float = setting(0.1, "w_ce: weight of the cross-entropy in the loss", low=0.0)
     held_out: float = setting(0.125, "share of a device's sequences that it does not train on", low=0.0, high=0.9)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from fl_edge.hat.adapter import Adapter
 from fl_edge.hat.config import TrainingConfig
 from fl_edge.hat.distillation import Course, Lessons, Likeness, compare, train
 from fl_edge.hat.split import DeviceModel
+
+_LARGEST = 1e15
 
 Weights = dict[str, Tensor]
 
@@ -47,6 +49,30 @@ class Learned:
     tokens: int
     before: Likeness
     loss: float
+
+    def to_config(self) -> dict[str, Any]:
+        """Return all but the weights as plain values."""
+        return {"tokens": self.tokens, "loss": self.loss, **{f"before.{k}": v for k, v in asdict(self.before).items()}}
+
+    @classmethod
+    def checked(cls, config: Mapping[str, Any], weights: Weights, like: Mapping[str, Tensor]) -> Learned:
+        """Undo :meth:`to_config`, for weights that are to be of the same kind as others.
+
+        Raises
+        ------
+        ReplyError
+            What cannot be used.
+        """
+        check_weights(weights, like)
+        names = ("tokens", "loss", *(f"before.{each.name}" for each in fields(Likeness)))
+        for name in names:
+            value: Any = config.get(name)
+            if type(value) not in (int, float) or not 0 <= value < _LARGEST:
+                raise ReplyError(f"{name}={value!r} of a trained adapter must be a number from 0 on")
+        tokens, loss, *before = (config[name] for name in names)
+        if tokens != int(tokens) or not tokens:
+            raise ReplyError(f"an adapter was trained on tokens={tokens}; 1 at least are due")
+        return cls(weights, int(tokens), Likeness(*before), float(loss))
 
 
 def learn(
@@ -105,6 +131,11 @@ def fitted(model: DeviceModel, weights: Mapping[str, Tensor]) -> Adapter:
     return adapter.to(model.device)
 
 
+def drafting(model: DeviceModel, weights: Mapping[str, Tensor]) -> Adapter:
+    """Return an adapter with given weights to draft with: frozen, and of the model's type; raises as :func:`fitted`."""
+    return fitted(model, weights).to(model.dtype).requires_grad_(False).eval()
+
+
 def check_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
     """See that weights have the names and shapes of others, and are finite.
 
@@ -122,13 +153,23 @@ def check_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> 
             raise ReplyError(f"{name} of an adapter is not all finite numbers")
 
 
-def mean(each: Sequence[tuple[Mapping[str, Tensor], int]]) -> Weights:
+def mean(learned: Sequence[Learned]) -> Weights:
     """Return the mean of adapters, weighted by tokens (FedAvg), in float32; summed in float64, in the given order."""
-    total = sum(tokens for _, tokens in each)
-    names = each[0][0]
+    total = sum(each.tokens for each in learned)
     return {
-        name: torch.stack([weights[name].double() * (tokens / total) for weights, tokens in each]).sum(0).float()
-        for name in names
+        name: torch.stack([each.weights[name].double() * (each.tokens / total) for each in learned]).sum(0).float()
+        for name in learned[0].weights
+    }
+
+
+def figures(learned: Sequence[Learned]) -> dict[str, float]:
+    """Return the means of what devices measured, weighted by tokens, by their names in :class:`AdapterRound`."""
+    total = sum(each.tokens for each in learned) or 1
+    shares = [each.tokens / total for each in learned]
+    return {
+        "agreement": sum(share * each.before.agreement for share, each in zip(shares, learned, strict=True)),
+        "overlap": sum(share * each.before.overlap for share, each in zip(shares, learned, strict=True)),
+        "loss": sum(share * each.loss for share, each in zip(shares, learned, strict=True)),
     }
 
 

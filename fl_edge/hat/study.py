@@ -21,6 +21,7 @@ from fl_edge.hat.messages import Answer, Upload
 from fl_edge.hat.split import DeviceModel
 
 _ROWS = "rows"
+_BATCH = 16  # sequences at once
 
 
 class Study:
@@ -76,7 +77,7 @@ class Study:
         if missing:
             raise ReplyError(f"the cloud's rows are missing for {missing} of {len(self._texts)} sequences")
         states = torch.cat(
-            [self._model.embed_and_run(part.to(self._model.device)).cpu() for part in self._texts.split(16)]
+            [self._model.embed_and_run(part.to(self._model.device)).cpu() for part in torch.split(self._texts, _BATCH)]
         )
         rows = torch.stack([self._rows[number] for number in range(len(self._texts))])
         return Lessons(states, rows, torch.ones(self._texts.shape, dtype=torch.bool))

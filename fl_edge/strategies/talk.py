@@ -54,18 +54,18 @@ class Talk:
         self._waiting[number] = device, time.monotonic()
 
     def hear(self) -> list[tuple[str, Message | None]]:
-        """Return what has come since the last call, without waiting: a device and its reply, or nothing if it is lost."""
+        """Return what has come since the last call, without waiting: device and reply, or nothing if it is lost."""
         heard: list[tuple[str, Message | None]] = []
         for reply in self._grid.pull_messages(list(self._waiting)) if self._waiting else ():
             device, _ = self._waiting.pop(reply.metadata.reply_to_message_id)
             found = sorted_reply(reply)
             if isinstance(found, str):
-                self._lose(device, found)
+                self.lose(device, found)
             heard.append((device, None if isinstance(found, str) else found))
         for number, (device, sent) in list(self._waiting.items()):
             if self._timeout is not None and time.monotonic() - sent > self._timeout:
                 del self._waiting[number]
-                self._lose(device, f"no answer within {self._timeout} s")
+                self.lose(device, f"no answer within {self._timeout} s")
                 heard.append((device, None))
         return heard
 
@@ -73,7 +73,8 @@ class Talk:
         """Let a device go, which has come to its end."""
         self.devices.discard(device)
 
-    def _lose(self, device: str, why: str) -> None:
+    def lose(self, device: str, why: str) -> None:
+        """Let a device go that cannot go on."""
         self.devices.discard(device)
         self.lost[device] = why
         log.warning("%s does not count from here on: %s", device, why)

@@ -1,6 +1,7 @@
 """The HAT client: generates text together with the cloud, which sees hidden states and never a token.
 
-Five messages; `arrays` holds one packed array (see `fl_edge.link.packing`) with the rows of hidden states:
+Five messages, beside those of the adapter's training (`fl_edge.clients.hat.learning`); `arrays` holds one packed array
+(see `fl_edge.link.packing`) with the rows of hidden states:
 
 ===================  ==================================  =============================================================
 message type         asks with                           answers with
@@ -31,6 +32,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fl_edge.clients.answering import answering
+from fl_edge.clients.cache import WeightCache
+from fl_edge.clients.hat.learning import AdapterLearner
 from fl_edge.errors import ConfigError, ReplyError
 from fl_edge.hat.adapter import Adapter
 from fl_edge.hat.config import HatConfig
@@ -61,7 +64,7 @@ class HatWorkload:
     model
         Its part of the model (`fl_edge.hat.split.load_device`).
     adapter
-        To draft with (`fl_edge.hat.adapter.load_adapter`); without one nothing is drafted.
+        To draft with (`fl_edge.hat.adapter.load_adapter`) until the server sends one; without one nothing is drafted.
     prompt
         Number -> tokens (n,) int64 of the prompt with that number, from 0 on; nothing when there are no more. It may
         wait, for a person at a keyboard.
@@ -75,6 +78,9 @@ class HatWorkload:
         Of all draws on this device.
     stops
         Tokens that end a text.
+    texts
+        (s, n) int64, sequences of full length that the adapter is trained on; they do not leave the device. Without
+        any, a device takes no part in that.
     threads
         Threads of torch.
     """
@@ -88,6 +94,7 @@ class HatWorkload:
     config: HatConfig = field(default_factory=HatConfig)
     seed: int = 0
     stops: Collection[int] = ()
+    texts: Tensor | None = None
     threads: int = 1
 
 
@@ -98,6 +105,8 @@ class HatClient:
     ----------
     load
         Context -> HatWorkload. Called for every message, so it should remember what is slow to make.
+    cache
+        Where a trained adapter waits between messages, and what it is trained with.
 
     Examples
     --------
@@ -107,12 +116,17 @@ class HatClient:
         HatClient(load).register(app)
     """
 
-    def __init__(self, load: Callable[[Context], HatWorkload]) -> None:
+    def __init__(self, load: Callable[[Context], HatWorkload], *, cache: WeightCache | None = None) -> None:
         self._load = load
+        self._learner = AdapterLearner(cache)
         self._live: dict[tuple[int, int], DeviceSession] = {}
 
     def register(self, app: ClientApp) -> None:
-        """Add the five handlers to a ClientApp, beside whatever else it does."""
+        """Add the nine handlers to a ClientApp, beside whatever else it does."""
+        app.query("hat_study")(answering(self._load, self._learner.study))
+        app.query("hat_lesson")(answering(self._load, self._learner.lesson))
+        app.train("hat_adapter")(answering(self._load, self._learner.train))
+        app.query("hat_keep")(answering(self._load, self._learner.keep))
         app.query("hat_describe")(answering(self._load, self._describe))
         app.query("hat_begin")(answering(self._load, self._begin))
         app.query("hat_go_on")(answering(self._load, self._go_on))
@@ -156,6 +170,7 @@ class HatClient:
                 work.tell(number, str(error))
                 number += 1
         self._live.pop((context.run_id, context.node_id), None)
+        self._learner.forget(context)
         context.state.pop(STATE, None)
         return make_content({"end": True})
 
@@ -168,7 +183,8 @@ class HatClient:
         return make_content(*write_upload(upload))
 
     def _new(self, context: Context, work: HatWorkload, tokens: int) -> DeviceSession:
-        session = DeviceSession(work.model, work.adapter, work.config, tokens, work.seed, work.stops, work.hear)
+        adapter = self._learner.adapter(context, work) or work.adapter
+        session = DeviceSession(work.model, adapter, work.config, tokens, work.seed, work.stops, work.hear)
         self._live[context.run_id, context.node_id] = session
         return session
 
