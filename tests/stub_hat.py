@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from fl_edge.hat.admission import check_place
+from fl_edge.hat.attention import Span
 from fl_edge.hat.messages import Answer, Upload
+from fl_edge.hat.trees import depths, lines
 
 CPU = torch.device("cpu")
 VOCABULARY = 11
@@ -52,16 +55,20 @@ class StubDevice:
     def new_cache(self) -> DynamicCache:
         return DynamicCache()
 
-    def embed_and_run(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
+    def embed_and_run(self, tokens: Tensor, cache: DynamicCache, parents: Sequence[int] | None = None) -> Tensor:
         self.steps += 1
-        before = cache.get_seq_length()
+        before, count = cache.get_seq_length(), tokens.shape[1]
         kept = tokens[:, None, :, None].double()
         cache.update(kept, kept, 0)
+        own = lines(range(-1, count - 1) if parents is None else parents)
         rows = []
         for sequence in cache.layers[0].keys[:, 0, :, 0].long().tolist():  # type: ignore[index,union-attr]
-            ends = range(before + 1, len(sequence) + 1)
-            rows.append([[float(following(sequence[:end])), float(end)] for end in ends])
+            texts = [sequence[:before] + [sequence[before + at] for at in range(count) if line[at]] for line in own]
+            rows.append([[float(following(text)), float(len(text))] for text in texts])
         return torch.tensor(rows, dtype=torch.float64)
+
+    def norm(self, rows: Tensor) -> Tensor:
+        return rows
 
     def head(self, rows: Tensor) -> Tensor:
         return LARGE * torch.nn.functional.one_hot(rows[..., 0].long(), VOCABULARY).double()
@@ -96,15 +103,22 @@ class StubLink:
     ready_at: Sequence[bool] = (False,)
     uploads: list[Upload] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
-    _cached: int = 0
+    _cached: list[list[float]] = field(default_factory=list)  # rows of the request
+    _span: Span | None = None
     _asked: int = 0
     _answer: Tensor | None = None
 
     def send(self, upload: Upload) -> None:
         assert self._answer is None, "the answer before was not taken"
-        assert upload.base <= self._cached
-        assert upload.rows[:, 1].tolist() == list(range(upload.base + 1, upload.base + 1 + len(upload.rows)))
-        self._cached = upload.base + len(upload.rows)
+        check_place(upload, self._span, (), 999)
+        if upload.kept is not None:
+            assert self._span is not None
+            sent = self._cached[self._span.base :]
+            self._cached[self._span.base :] = [sent[row] for row in upload.kept]
+        self._span = Span(0, upload.base, len(upload.rows), upload.parents)
+        line = depths(range(-1, len(upload.rows) - 1) if upload.parents is None else upload.parents)
+        assert upload.rows[:, 1].tolist() == [upload.base + 1 + depth for depth in line]
+        self._cached[upload.base :] = upload.rows.tolist()
         self.uploads.append(upload)
         if upload.last:
             self._answer = upload.rows if upload.verify else upload.rows[-1:]
@@ -117,6 +131,13 @@ class StubLink:
         assert self._answer is not None, "nothing was asked"
         rows, self._answer = self._answer, None
         return Answer(self.uploads[-1].request, rows)
+
+    def holds(self, text: Sequence[int]) -> None:
+        """See that all that is cached before the last upload is of this text."""
+        assert self._span is not None
+        assert self._cached[: self._span.base] == [
+            [float(following(text[:end])), float(end)] for end in range(1, self._span.base + 1)
+        ]
 
     def end(self, request: int) -> None:
         self.ended.append(request)

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_edge.errors import ConfigError, ReplyError
-from fl_edge.hat.generation import FixedPace, Generation, Round, Rules, generate
+from fl_edge.hat.chains import Chains
+from fl_edge.hat.generation import Generation, Round, Rules, generate
 from fl_edge.hat.messages import Answer
+from fl_edge.hat.pace import FixedPace
 from fl_edge.hat.sampling import Sampler
 from tests.stub_hat import Draft, StubAdapter, StubDevice, StubLink, text_after
 
@@ -20,12 +22,17 @@ ALL = {"right": Draft(), "wrong": Draft(right=False), "unsure": Draft(sure=False
 
 
 def begin(
-    device: StubDevice, adapter: bool, new_tokens: int, pace: FixedPace, prompt: Sequence[int], **rules: object
+    device: StubDevice,
+    adapter: bool,
+    new_tokens: int,
+    pace: FixedPace,
+    prompt: Sequence[int],
+    guesses: int = 0,
+    **rules: object,
 ) -> Generation:
     asked = Rules(new_tokens, **{"context": 64, **rules})  # type: ignore[arg-type]
-    return Generation(
-        device, StubAdapter() if adapter else None, Sampler(), pace, asked, 7, torch.tensor(prompt, dtype=torch.int64)
-    )
+    proposer = Chains(device, StubAdapter() if adapter else None, Sampler(), pace, guesses)
+    return Generation(device, proposer, Sampler(), pace, asked, 7, torch.tensor(prompt, dtype=torch.int64))
 
 
 def run(
@@ -35,10 +42,11 @@ def run(
     link: StubLink | None = None,
     adapter: bool = True,
     prompt: Sequence[int] = PROMPT,
+    guesses: int = 0,
     **rules: object,
 ) -> tuple[list[Round], StubLink, StubDevice]:
     link, device = link or StubLink(), StubDevice(drafts)
-    generation = begin(device, adapter, new_tokens, pace or FixedPace(), prompt, **rules)
+    generation = begin(device, adapter, new_tokens, pace or FixedPace(), prompt, guesses, **rules)
     rounds = list(generate(generation, link))
     assert generation.over
     assert generation.text == text(rounds)
@@ -152,11 +160,6 @@ def test_the_context_bounds_the_text() -> None:
 def test_a_prompt_that_leaves_no_room_is_refused(prompt: list[int], new_tokens: int) -> None:
     with pytest.raises(ConfigError, match="allowed are 1 to 63 tokens"):
         run(prompt=prompt, new_tokens=new_tokens)
-
-
-def test_guesses_need_an_adapter() -> None:
-    with pytest.raises(ConfigError, match="guesses=0"):
-        run(adapter=False, guesses=1)
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(2, 2), torch.full((1, 2), torch.nan)])

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare  # type: ignore[import-untyped]
 from torch import Tensor
+from transformers import DynamicCache
 
-from fl_edge.hat.generation import FixedPace, Generation, Rules, generate
+from fl_edge.hat.chains import Chains
+from fl_edge.hat.generation import Generation, Rules, generate
+from fl_edge.hat.pace import FixedPace
 from fl_edge.hat.sampling import Sampler
 from fl_edge.hat.verification import accept
 from fl_edge.seeding import torch_rng
@@ -90,9 +93,9 @@ class RandomDevice(StubDevice):
         super().__init__()
         self.spread = spread
 
-    def embed_and_run(self, tokens: Tensor, cache: object) -> Tensor:
-        states = super().embed_and_run(tokens, cache)  # type: ignore[arg-type]
-        texts = cache.layers[0].keys[:, 0, :, 0].long().tolist()  # type: ignore[attr-defined]
+    def embed_and_run(self, tokens: Tensor, cache: DynamicCache, parents: Sequence[int] | None = None) -> Tensor:
+        states = super().embed_and_run(tokens, cache, parents)
+        texts = cache.layers[0].keys[:, 0, :, 0].long().tolist()  # type: ignore[index,union-attr]
         ends = states[..., 1].long().tolist()
         drawn = [[logits_after(tuple(text[:end])) for end in row] for text, row in zip(texts, ends, strict=True)]
         return torch.cat([torch.stack([torch.stack(row) for row in drawn]), states[..., 1:]], -1)
@@ -116,15 +119,10 @@ class RandomLink(StubLink):
 
 
 def sample(seed: int, most: int, guesses: int, new_tokens: int = 3, spread: float = 1.0) -> tuple[int, ...]:
-    generation = Generation(
-        RandomDevice(spread),
-        StubAdapter(),
-        Sampler(1.3, 0.9, seed),
-        FixedPace(most_drafts=most),
-        Rules(new_tokens, 32, threshold=0.4, guesses=guesses),
-        0,
-        torch.tensor([2, 1]),
-    )
+    device, sampler = RandomDevice(spread), Sampler(1.3, 0.9, seed)
+    pace = FixedPace(most_drafts=most, threshold=0.4)
+    proposer = Chains(device, StubAdapter(), sampler, pace, guesses)
+    generation = Generation(device, proposer, sampler, pace, Rules(new_tokens, 32), 0, torch.tensor([2, 1]))
     return tuple(token for each in generate(generation, RandomLink()) for token in each.tokens)
 
 

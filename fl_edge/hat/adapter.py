@@ -8,24 +8,20 @@ everything before, also where layers of the model look through a window (*ours*)
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from fl_edge.errors import DataError
-from fl_edge.files import write_whole
 from fl_edge.hat.caches import new_cache
+from fl_edge.hat.fitted import fill_fitted, read_fitted, save_fitted
 from fl_edge.hat.split import DeviceModel
 
-_FITS = "fits"
+_WHAT = "an adapter"
 
 
 class Adapter(nn.Module):
@@ -120,8 +116,7 @@ def save_adapter(adapter: Adapter, device: DeviceModel, file: Path) -> None:
     RunFolderError
         The file cannot be written.
     """
-    tensors = {name: tensor.detach().contiguous() for name, tensor in adapter.state_dict().items()}
-    write_whole(file, save(tensors, metadata={_FITS: json.dumps(device.identity)}))
+    save_fitted(adapter, device, file)
 
 
 def load_adapter(file: Path, device: DeviceModel) -> Adapter:
@@ -132,21 +127,9 @@ def load_adapter(file: Path, device: DeviceModel) -> Adapter:
     DataError
         No adapter there, a damaged one, or one for another model or another cut of it.
     """
-    try:
-        with safe_open(file, "pt") as opened:
-            fits = json.loads((opened.metadata() or {})[_FITS])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{file} is no adapter, or a damaged one: {type(error).__name__}") from None
-    if fits != device.identity:
-        told = [key for key, value in device.identity.items() if not isinstance(fits, dict) or fits.get(key) != value]
-        raise DataError(f"{file} is an adapter of another model: {', '.join(told)} differ")
-    adapter = Adapter(device.config)
-    try:
-        adapter.load_state_dict(tensors)
-    except RuntimeError:  # its message is a list of all names
-        raise DataError(f"{file} does not hold the tensors of an adapter of {device.identity['family']}") from None
-    return adapter.to(device.device, device.dtype).requires_grad_(False).eval()
+    adapter, tensors = Adapter(device.config), read_fitted(file, device, _WHAT)
+    fill_fitted(adapter, tensors, device, file, _WHAT)
+    return adapter
 
 
 def _single(config: Any) -> Any:

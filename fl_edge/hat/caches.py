@@ -7,6 +7,8 @@ forgets cannot be rolled back. *Ours*, as is forking; that caches are cut to wha
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -36,6 +38,24 @@ def crop(cache: DynamicCache, length: int) -> None:
     if not 0 <= length <= there:
         raise ValueError(f"a cache of {there} tokens cannot be cropped to {length}")
     cache.crop(length - there)  # transformers takes the tokens to drop, negative
+
+
+def keep_path(cache: DynamicCache, base: int, kept: Sequence[int]) -> None:
+    """Forget all tokens but the first ``base`` and some of those behind them, as after a draft tree.
+
+    Parameters
+    ----------
+    cache
+        Changed in place; tensors that others got from it are not.
+    kept
+        Tokens behind ``base``, ascending from 0.
+    """
+    if list(kept) != list(range(len(kept))):
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            rows = torch.tensor([*range(base), *(base + row for row in kept)], device=layer.keys.device)
+            layer.keys, layer.values = layer.keys.index_select(2, rows), layer.values.index_select(2, rows)
+    crop(cache, base + len(kept))
 
 
 def fork(cache: DynamicCache, branches: int) -> DynamicCache:

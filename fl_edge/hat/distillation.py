@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from fl_edge.errors import TrainingError
@@ -161,26 +161,41 @@ def train(
     TrainingError
         A loss that is not a number.
     """
-    optimiser = torch.optim.AdamW(adapter.parameters(), lr=course.rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def loss(places: Tensor) -> Tensor:
+        return distillation_loss(adapter, device, *lessons.at(places, device.device), course.token_weight)
+
+    fit(adapter, loss, len(lessons), course, seed, on_step)
+
+
+def fit(
+    module: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    sequences: int,
+    course: Course,
+    seed: int,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Train a module in place; as :func:`train`, on the loss of sequences with some numbers, (b,) int64."""
+    optimiser = torch.optim.AdamW(module.parameters(), lr=course.rate, betas=(0.9, 0.95), weight_decay=0.0)
     warm = max(int(course.warm_up * course.steps), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / warm, (course.steps - step) / max(course.steps - warm, 1))
     )
-    adapter.train()
+    module.train()
     for step in range(1, course.steps + 1):
-        places = torch.randperm(len(lessons), generator=torch_rng(seed, "distillation", step))[: course.batch_size]
-        batch = lessons.at(places, device.device)
-        loss = distillation_loss(adapter, device, *batch, course.token_weight)
+        places = torch.randperm(sequences, generator=torch_rng(seed, "distillation", step))[: course.batch_size]
+        loss = loss_of(places)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_value_(adapter.parameters(), course.clip)
+        torch.nn.utils.clip_grad_value_(module.parameters(), course.clip)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise TrainingError(f"training of the adapter failed: the loss of step {step} is not a number")
+            raise TrainingError(f"training of what drafts failed: the loss of step {step} is not a number")
         on_step(step, value)
-    adapter.eval()
+    module.eval()
 
 
 @dataclass(frozen=True)

@@ -14,26 +14,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fl_edge.errors import ConfigError
 from fl_edge.hat.caches import crop, fork, keep_branch
+from fl_edge.hat.pace import Pace
+from fl_edge.hat.proposing import DevicePart, Proposal
 from fl_edge.hat.sampling import Sampler
-
-
-class Shallow(Protocol):
-    """What drafting needs of a device's part of the model: :class:`fl_edge.hat.split.DeviceModel`."""
-
-    def embed_and_run(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
-        """Return the states (b, n, d) after the input submodel of tokens (b, n), behind those in the cache."""
-
-    def draft_head(self, features: Tensor) -> Tensor:
-        """Return logits (..., v) of features (..., d) that are normed already."""
-
-    def new_cache(self) -> DynamicCache:
-        """Return an empty cache."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
 
 
 class Adapted(Protocol):
@@ -46,20 +30,6 @@ class Adapted(Protocol):
         """Return an empty cache."""
 
 
-@dataclass(frozen=True, eq=False)
-class Proposal:
-    """What is sent to be verified: the newest token and the drafts after it.
-
-    Attributes
-    ----------
-    tokens, rows
-        n tokens and their shallow states (n, d).
-    """
-
-    tokens: Sequence[int]
-    rows: Tensor
-
-
 @dataclass(eq=False)
 class Branches:
     """Drafts that grow side by side from k first tokens; ``k = 1`` is plain drafting.
@@ -70,6 +40,10 @@ class Branches:
         Of each branch; the newest may still lack its shallow state.
     rows
         Shallow states so far, (k, d) a step.
+    sure
+        How sure the adapter was of each draft of a branch, its first token not among them.
+    most
+        Drafts after the first token of a branch, at most.
     final
         Whether the newest token of a branch is its last.
     shallow, adapted
@@ -79,11 +53,13 @@ class Branches:
     tokens: list[list[int]]
     shallow: DynamicCache
     adapted: DynamicCache
+    most: int
+    final: list[bool]
+    sure: list[list[float]] = field(init=False)
     rows: list[Tensor] = field(default_factory=list)
-    final: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.final = [False] * len(self.tokens)
+        self.sure = [[] for _ in self.tokens]
 
     def follow(self, token: int) -> int | None:
         """Return the branch that begins with a token, if any."""
@@ -104,15 +80,20 @@ class Drafter:
         Without an adapter nothing is drafted.
     sampler
         That of the generation.
-    threshold
-        eta: a draft ends with the first token of which the adapter is less sure.
+    pace
+        When a draft ends.
     """
 
-    def __init__(self, model: Shallow, adapter: Adapted | None, sampler: Sampler, threshold: float) -> None:
-        self._model, self._adapter, self._sampler, self._threshold = model, adapter, sampler, threshold
+    def __init__(self, model: DevicePart, adapter: Adapted | None, sampler: Sampler, pace: Pace) -> None:
+        self._model, self._adapter, self._sampler, self._pace = model, adapter, sampler, pace
         self._shallow = model.new_cache()
         self._adapted = adapter.new_cache() if adapter else model.new_cache()
         self._behind: list[Tensor] = []  # states (n, d) that the adapter has not seen yet, in order
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._model.device
 
     def __len__(self) -> int:
         """Return how many tokens have their shallow state."""
@@ -124,43 +105,43 @@ class Drafter:
         self._remember(states)
         return states
 
-    def begin(self, firsts: Sequence[int]) -> Branches:
-        """Start drafts with the given first tokens, which follow all that was read or held."""
-        if len(firsts) == 1:
-            return Branches([[firsts[0]]], self._shallow, self._adapted)
-        count = len(firsts)
-        return Branches([[first] for first in firsts], fork(self._shallow, count), fork(self._adapted, count))
-
-    @torch.no_grad()
-    def step(self, branches: Branches, most: int) -> None:
-        """Compute the states of the newest tokens, then draft one more where a branch goes on.
+    def begin(self, firsts: Sequence[int], most: int) -> Branches:
+        """Start drafts with the given first tokens, which follow all that was read or held.
 
         Parameters
         ----------
-        branches
-            Not done yet.
+        firsts
+            One of each branch.
         most
             Drafts after the first token of a branch, at most.
         """
+        count, shallow, adapted = len(firsts), self._shallow, self._adapted
+        if count > 1:
+            shallow, adapted = fork(shallow, count), fork(adapted, count)
+        goes_on = self._adapter is not None and most > 0 and self._pace.goes_on(())
+        return Branches([[first] for first in firsts], shallow, adapted, most, [not goes_on] * count)
+
+    @torch.no_grad()
+    def step(self, branches: Branches) -> None:
+        """Compute the states of the newest tokens, not all done; then draft one more where a branch goes on."""
         at = len(branches.rows)
         newest = [tokens[min(at, len(tokens) - 1)] for tokens in branches.tokens]  # what is whole runs along
         states = self._model.embed_and_run(self._tokens(newest)[:, None], branches.shallow)
         branches.rows.append(states[:, 0])
-        if self._adapter is None or at >= most:
-            branches.final = [True] * len(newest)
-            return
-        if all(branches.final):
+        if self._adapter is None or all(branches.final):
             return
         behind = [] if len(newest) > 1 else [rows[None] for rows in self._behind]  # several have caught up
         features = self._adapter(torch.cat([*behind, states], 1), branches.adapted)[:, -1]
         self._behind = []
         logits = self._model.draft_head(features)
         following = self._sampler.choose(logits, [_length(branches.shallow)] * len(newest))
-        sure = (self._sampler.confidence(logits) >= self._threshold).tolist()
+        confidence = self._sampler.confidence(logits).tolist()
         for branch, tokens in enumerate(branches.tokens):
             if not branches.final[branch]:
                 tokens.append(following[branch])
-                branches.final[branch] = at + 1 >= most or not sure[branch]
+                sure = branches.sure[branch]
+                sure.append(confidence[branch])
+                branches.final[branch] = len(sure) >= branches.most or not self._pace.goes_on(sure)
 
     def take(self, branches: Branches, branch: int) -> Proposal:
         """Make one branch the device's own, as far as its states go, and return it."""
@@ -195,8 +176,7 @@ class Drafter:
     def guess(self, count: int) -> list[int]:
         """Return the likeliest next tokens after what was read or taken last, the likeliest first."""
         features = self.catch_up()
-        if features is None:
-            raise ConfigError("without an adapter there are no guesses; allowed: guesses=0")
+        assert features is not None, "only an adapter guesses"
         scores = self._sampler.scores(self._model.draft_head(features), [len(self)])[0]
         found: list[int] = scores.topk(count).indices.tolist()
         return found

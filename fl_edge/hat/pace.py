@@ -1,8 +1,10 @@
-"""How much at a time, from what a device has measured: chunks of a prompt, and steps ahead of an answer."""
+"""How much at a time: chunks of a prompt, drafts before they are verified, and steps ahead of an answer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from fl_edge.hat.chunking import Conditions, chunk_length
 from fl_edge.hat.config import HatConfig
@@ -11,9 +13,56 @@ from fl_edge.hat.monitor import DeviceMonitor
 _FIRST = 64  # tokens, over a link of which nothing is known: long enough to tell a rate, short enough to lose little
 
 
+class Pace(Protocol):
+    """How much at a time. The text does not depend on it."""
+
+    def chunk(self, left: int) -> int:
+        """Return how many of the prompt's tokens that are left travel at once, at least 1."""
+
+    def goes_on(self, sure: Sequence[float]) -> bool:
+        """Return whether a token is drafted after drafts of which the adapter was so sure; () before the first."""
+
+    def ahead(self, rows: int) -> int:
+        """Return how many steps fit before the answer to so many rows comes."""
+
+
+@dataclass(frozen=True)
+class FixedPace:
+    """Always the same.
+
+    Attributes
+    ----------
+    chunk_tokens
+        0: the whole prompt at once.
+    most_drafts
+        Tokens of a draft, at most.
+    most_ahead
+        Steps ahead.
+    threshold
+        eta: a draft ends with the first token of which the adapter is less sure.
+    """
+
+    chunk_tokens: int = 0
+    most_drafts: int = 6
+    most_ahead: int = 6
+    threshold: float = 0.6
+
+    def chunk(self, left: int) -> int:
+        """Return how many of the prompt's tokens that are left travel at once."""
+        return self.chunk_tokens or left
+
+    def goes_on(self, sure: Sequence[float]) -> bool:
+        """Return whether another token is drafted."""
+        return _below(sure, self.threshold, self.most_drafts)
+
+    def ahead(self, rows: int) -> int:  # noqa: ARG002 - the protocol's
+        """Return how many steps fit before an answer."""
+        return self.most_ahead
+
+
 @dataclass
 class MonitoredPace:
-    """A :class:`~fl_edge.hat.generation.Pace` for one device.
+    """A :class:`Pace` for one device.
 
     Attributes
     ----------
@@ -44,9 +93,9 @@ class MonitoredPace:
         )
         return chunk_length(left, conditions, own.chunking, own.shortest_chunk, own.longest_chunk)
 
-    def drafts(self) -> int:
-        """Return how many tokens are drafted at most before they are verified."""
-        return self.config.max_drafts
+    def goes_on(self, sure: Sequence[float]) -> bool:
+        """Return whether another token is drafted, by threshold and cap (HAT, the cap Kangaroo's)."""
+        return _below(sure, self.config.threshold, self.config.max_drafts)
 
     def ahead(self, rows: int) -> int:
         """Return lambda_i, or as many steps as a draft can have where nothing is measured yet."""
@@ -54,3 +103,7 @@ class MonitoredPace:
         if not self.monitor.draft_s:
             return whole
         return min(whole, self.monitor.look_ahead(rows, self.row_bytes, self.config.guesses))
+
+
+def _below(sure: Sequence[float], threshold: float, most: int) -> bool:
+    return len(sure) < most and (not sure or sure[-1] >= threshold)

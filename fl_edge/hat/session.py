@@ -16,12 +16,15 @@ from torch import Tensor
 
 from fl_edge.errors import ReplyError
 from fl_edge.hat.account import Account
+from fl_edge.hat.chains import Chains
 from fl_edge.hat.config import HatConfig
 from fl_edge.hat.drafting import Adapted
-from fl_edge.hat.generation import Generation, Output, Rules
+from fl_edge.hat.generation import Generation, Rules
+from fl_edge.hat.medusa import MedusaHeads, MedusaTrees
 from fl_edge.hat.messages import Answer, Upload
 from fl_edge.hat.monitor import DeviceMonitor
 from fl_edge.hat.pace import MonitoredPace
+from fl_edge.hat.proposing import DevicePart, Proposer
 from fl_edge.hat.sampling import Sampler
 from fl_edge.seeding import derive_seed
 
@@ -31,8 +34,10 @@ class DeviceSession:
 
     Parameters
     ----------
-    model, adapter
-        The device's part; without an adapter nothing is drafted.
+    model
+        The device's part.
+    adapter
+        What drafts: an adapter, or Medusa's heads; without it nothing is drafted.
     config
         How.
     context
@@ -58,8 +63,8 @@ class DeviceSession:
 
     def __init__(
         self,
-        model: Output,
-        adapter: Adapted | None,
+        model: DevicePart,
+        adapter: Adapted | MedusaHeads | None,
         config: HatConfig,
         context: int,
         seed: int,
@@ -69,8 +74,7 @@ class DeviceSession:
     ) -> None:
         self._model, self._adapter, self._config, self._seed = model, adapter, config, seed
         self.context = context
-        guesses = config.guesses if adapter else 0
-        self._rules = Rules(config.new_tokens, context, stops, config.threshold, guesses)
+        self._rules = Rules(config.new_tokens, context, stops)
         self._hear, self._clock = hear, clock
         self.monitor = DeviceMonitor()
         self.account = Account(0)
@@ -138,7 +142,7 @@ class DeviceSession:
             return None
         started = self._clock()
         upload = generation.propose()
-        if not found.ahead:
+        if not found.ahead and upload.parents is None:
             self.monitor.drafted(self._clock() - started, len(upload.rows))
         return self._leaves(upload)
 
@@ -162,14 +166,19 @@ class DeviceSession:
         """Go on where another process was; times begin anew."""
         self._pace.monitor = self.monitor = DeviceMonitor.from_record(record["monitor"])
         self._generation = self._new(int(record["request"]), prompt)
-        self._generation.restore(record["text"], int(record["sent"]), record["pending"])
+        self._generation.restore(record["text"], int(record["sent"]), record["pending"], record["parents"])
         self.account, self._sent_bytes, self._sent_at = Account(**record["account"]), 0, self._clock()
         self._started = self._sent_at - self.account.total_s
 
     def _new(self, request: int, prompt: Tensor) -> Generation:
         own = self._config
         sampler = Sampler(own.temperature, own.top_p, derive_seed(self._seed, "hat", request))
-        return Generation(self._model, self._adapter, sampler, self._pace, self._rules, request, prompt)
+        proposer: Proposer
+        if isinstance(self._adapter, MedusaHeads):
+            proposer = MedusaTrees(self._model, self._adapter, sampler, own.tree_rows)
+        else:
+            proposer = Chains(self._model, self._adapter, sampler, self._pace, own.guesses)
+        return Generation(self._model, proposer, sampler, self._pace, self._rules, request, prompt)
 
     @staticmethod
     def _place(generation: Generation) -> dict[str, Any]:
@@ -178,6 +187,7 @@ class DeviceSession:
             "text": list(generation.text),
             "sent": generation.sent,
             "pending": list(generation.pending),
+            "parents": None if generation.parents is None else list(generation.parents),
         }
 
     def _current(self) -> Generation:
@@ -195,7 +205,7 @@ class DeviceSession:
         started = self._clock()
         steps = self._current().look_ahead(self._came.is_set)
         if steps:
-            self.monitor.drafted(self._clock() - started, steps, self._rules.guesses)
+            self.monitor.drafted(self._clock() - started, steps, self._config.guesses)
 
     def _stop_ahead(self) -> None:
         self._came.set()

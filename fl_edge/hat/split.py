@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from fl_edge.errors import ConfigError
 from fl_edge.hat.caches import new_cache
+from fl_edge.hat.trees import tree_attention
 from fl_edge.models.folder import ModelFolder
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -78,7 +79,9 @@ class DeviceModel(nn.Module):
         return new_cache()
 
     @torch.no_grad()
-    def embed_and_run(self, tokens: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def embed_and_run(
+        self, tokens: Tensor, cache: DynamicCache | None = None, parents: Sequence[int] | None = None
+    ) -> Tensor:
         """Run the input submodel.
 
         Parameters
@@ -87,13 +90,19 @@ class DeviceModel(nn.Module):
             (b, n) int64, at the positions after those in the cache.
         cache
             What was before, of the same b sequences; the tokens are added to it. None: nothing was, nothing is kept.
+        parents
+            Of a draft tree, as in an :class:`~fl_edge.hat.messages.Upload`; None: each token follows the one before it.
 
         Returns
         -------
         Tensor
             (b, n, d): hidden states after the last shallow layer.
         """
-        found = self.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+        tree: dict[str, Any] = {}
+        if parents is not None:
+            before = 0 if cache is None else cache.get_seq_length()
+            tree = tree_attention(self.config, parents, before, self.device, self.dtype)
+        found = self.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **tree)
         states: Tensor = found.last_hidden_state
         return states
 
