@@ -100,6 +100,9 @@ def test_a_device_learns_from_its_exchanges() -> None:
     monitor.sent(100, 9.0)
     monitor.received(1_000_000, 0.105)
     assert (monitor.up, monitor.down) == pytest.approx((5e6, 1e7))
+    monitor.read(64, 0.032)
+    monitor.read(16, 0.016)
+    assert monitor.input_s == pytest.approx(0.0006)
     monitor.answered(rows=4, wait_s=0.002, batch_tokens=24, batch_s=0.020)
     monitor.answered(rows=4, wait_s=0.007, batch_tokens=34, batch_s=0.020)
     assert (monitor.wait_s, monitor.background) == pytest.approx((0.003, 22.0))
@@ -122,6 +125,7 @@ def test_look_ahead_is_what_ends_before_the_answer() -> None:
 @settings(max_examples=30)
 def test_a_monitor_survives_its_record(batches: list[tuple[int, float]], rates: tuple[float, float]) -> None:
     monitor = DeviceMonitor(up=rates[0])
+    monitor.read(3, 0.1)
     for tokens, seconds in batches:
         monitor.answered(1, seconds / 2, tokens, seconds)
         monitor.drafted(seconds, width=1 + tokens % 3)

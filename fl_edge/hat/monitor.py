@@ -52,6 +52,8 @@ class DeviceMonitor:
         Smoothed wait in the cloud for a batch.
     background
         mu, smoothed tokens of other devices in the batches that this device's rows were in.
+    input_s
+        Seconds a token of a prompt in the input submodel.
     draft_s
         gamma, seconds of one draft step, by the number of branches that are drafted together.
     delay
@@ -63,6 +65,7 @@ class DeviceMonitor:
     latency_s: float | None = None
     wait_s: float | None = None
     background: float | None = None
+    input_s: float | None = None
     draft_s: dict[int, float] = field(default_factory=dict)
     delay: BatchDelay = field(default_factory=BatchDelay)
 
@@ -88,6 +91,10 @@ class DeviceMonitor:
         if batch_tokens > 0:
             self.delay.observe(batch_tokens, batch_s)
 
+    def read(self, tokens: int, seconds: float) -> None:
+        """Take in what a chunk of a prompt took in the input submodel."""
+        self.input_s = smooth(self.input_s, seconds / tokens)
+
     def drafted(self, seconds: float, steps: int = 1, width: int = 1) -> None:
         """Take in ``steps`` draft steps of ``width`` branches together, which took ``seconds`` in all."""
         self.draft_s[width] = smooth(self.draft_s.get(width), seconds / steps)
@@ -112,7 +119,7 @@ class DeviceMonitor:
 
     def to_record(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
-        plain = {name: getattr(self, name) for name in ("up", "down", "latency_s", "wait_s", "background")}
+        plain = {name: getattr(self, name) for name in ("up", "down", "latency_s", "wait_s", "background", "input_s")}
         steps = [[width, self.draft_s[width]] for width in sorted(self.draft_s)]
         return {**plain, "draft_s": steps, "delay": self.delay.to_record()}
 

@@ -10,7 +10,7 @@ from fl_edge.hat.chunking import Conditions, chunk_length
 from fl_edge.hat.config import HatConfig
 from fl_edge.hat.monitor import DeviceMonitor
 
-_FIRST = 64  # tokens, over a link of which nothing is known: long enough to tell a rate, short enough to lose little
+_FIRST = 64  # tokens, while link or cloud are unknown: long enough to tell a rate, short enough to lose little
 
 
 class Pace(Protocol):
@@ -79,17 +79,18 @@ class MonitoredPace:
     row_bytes: float
 
     def chunk(self, left: int) -> int:
-        """Return the chunk length for what is left of a prompt; the first chunk of all measures the link."""
+        """Return the chunk length for what is left of a prompt; the first prompt of all measures link and cloud."""
         own = self.config
         if own.chunking == "none":
             return left
-        if self.monitor.up is None:
+        if self.monitor.up is None or not self.monitor.delay.known:
             return min(left, max(own.shortest_chunk, min(_FIRST, own.longest_chunk)))
         conditions = Conditions(
             row_bytes=self.row_bytes,
             up=self.monitor.up,
             delay=self.monitor.delay,
             background=self.monitor.background or 0.0,
+            input_s=self.monitor.input_s or 0.0,
         )
         return chunk_length(left, conditions, own.chunking, own.shortest_chunk, own.longest_chunk)
 

@@ -82,8 +82,7 @@ class DeviceSession:
         self._generation: Generation | None = None
         self._started = self._sent_at = 0.0
         self._sent_bytes = 0  # of the last upload; 0: another process sent it
-        self._came, self._ahead = Event(), Future[None]()
-        self._ahead.set_result(None)
+        self._came, self._ahead = Event(), _done()
         self._beside = ThreadPoolExecutor(1, "fl_edge-ahead")
 
     @property
@@ -101,20 +100,19 @@ class DeviceSession:
         """
         self._generation = self._new(request, prompt)
         self.account, self._started = Account(len(prompt)), self._clock()
-        return self._leaves(self._generation.next_chunk())
+        return self._leaves(self._read_on())
 
     def go_on(self) -> Upload:
         """Return the next chunk, now that the cloud has the one before."""
         if self._sent_bytes:
             self.monitor.sent(self._sent_bytes, self._clock() - self._sent_at)
-        return self._leaves(self._current().next_chunk())
+        return self._leaves(self._stop_ahead() or self._read_on())
 
     def look_ahead(self) -> None:
-        """Draft on until the answer comes, in a thread of its own; not before the whole prompt was sent."""
-        if self._current().sent < len(self._current().prompt):
-            return
+        """Use the time until the cloud speaks, in a thread of its own: for the prompt's next chunk, or for drafts."""
         self._came.clear()
-        self._ahead = self._beside.submit(self._draft_on)
+        whole = self._current().sent == len(self._current().prompt)
+        self._ahead = self._beside.submit(self._draft_on if whole else self._read_on)
 
     def answer(self, answer: Answer) -> Upload | None:
         """Take in the cloud's answer; return what is to be verified next, nothing when the text is whole.
@@ -201,15 +199,24 @@ class DeviceSession:
         self.account.up_bytes += self._sent_bytes
         return upload
 
+    def _read_on(self) -> Upload:
+        """Return the prompt's next chunk."""
+        started = self._clock()
+        upload = self._current().next_chunk()
+        self.monitor.read(len(upload.rows), self._clock() - started)
+        return upload
+
     def _draft_on(self) -> None:
         started = self._clock()
         steps = self._current().look_ahead(self._came.is_set)
         if steps:
             self.monitor.drafted(self._clock() - started, steps, self._config.guesses)
 
-    def _stop_ahead(self) -> None:
+    def _stop_ahead(self) -> Upload | None:
+        """Return the prompt's next chunk, if that was read ahead."""
         self._came.set()
-        self._ahead.result()
+        chunk, self._ahead = self._ahead.result(), _done()
+        return chunk
 
     def _measure(self, answer: Answer, seconds: float) -> None:
         """Take in what an exchange took on its way, there and back."""
@@ -218,3 +225,9 @@ class DeviceSession:
         if self._sent_bytes and seconds > 0:
             self.monitor.exchanged(self._sent_bytes + answer.rows.nbytes, seconds)
             self.monitor.sent(self._sent_bytes, seconds)
+
+
+def _done() -> Future[Upload | None]:
+    future = Future[Upload | None]()
+    future.set_result(None)
+    return future
