@@ -13,21 +13,34 @@ from flwr.app import Context
 
 from fl_edge.clients.comp import CompClient, CompWorkload
 from fl_edge.clients.fedspine import FedSpineClient, FedSpineWorkload
+from fl_edge.clients.hat import HatClient, HatWorkload
+from fl_edge.clients.hat.answers import AnswerFiles
 from fl_edge.clients.mergesfl import MergeSFLClient, Workload
 from fl_edge.comp.outcome import base_digest
-from fl_edge.data.corpus import device_tokens, load_files, load_tokenizer
-from fl_edge.data.partition import load_device
+from fl_edge.data.corpus import device_files, device_tokens, load_files, load_tokenizer
+from fl_edge.data.partition import load_device as load_images
+from fl_edge.data.prompts import device_prompts
 from fl_edge.data.texts import head_classes, load_text_device
 from fl_edge.edge.costs import compute_seconds_per_sample, macs_per_second, transfer_seconds_per_sample
 from fl_edge.edge.profiles import DeviceProfile, device_profile
 from fl_edge.errors import ConfigError
+from fl_edge.files import default_folder
+from fl_edge.hat.split import DeviceModel, load_device
 from fl_edge.link.resident import ClientApp
 from fl_edge.models.accelerator import find_accelerator
 from fl_edge.models.images import build_model
 from fl_edge.models.language import load_language_model, model_folder
 from fl_edge.models.pretraining import weights_digest
 from fl_edge.models.split import feature_bytes
-from simulations.scenario import CompScenario, FedSpineScenario, MergeSFLScenario, Scenario, read_scenario
+from fl_edge.seeding import derive_seed
+from simulations.scenario import (
+    CompScenario,
+    FedSpineScenario,
+    HatScenario,
+    MergeSFLScenario,
+    Scenario,
+    read_scenario,
+)
 
 app = ClientApp()
 
@@ -64,7 +77,7 @@ def _mergesfl(place: Place) -> Workload:
     scenario = read_scenario(dict(place.run_config), on_device=True)
     if not isinstance(scenario, MergeSFLScenario):
         raise ConfigError(f"this device runs simulation={scenario.simulation}; it was asked for MergeSFL")
-    own = load_device(scenario.data, scenario.seed, place.index, place.count)
+    own = load_images(scenario.data, scenario.seed, place.index, place.count)
     bottom = build_model(scenario.model, own.shape, len(own.classes), scenario.seed).bottom
     per_sample = feature_bytes(bottom, own.shape)
 
@@ -146,6 +159,40 @@ def _comp(place: Place) -> CompWorkload:
     )
 
 
+@lru_cache(maxsize=2)
+def _split(run_config: tuple[tuple[str, Any], ...]) -> tuple[HatScenario, DeviceModel, Any, list[str]]:
+    """Return scenario, a device's part of the model, tokenizer and texts: the same for all that this process serves."""
+    scenario = read_scenario(dict(run_config), on_device=True)
+    if not isinstance(scenario, HatScenario):
+        raise ConfigError(f"this device runs simulation={scenario.simulation}; it was asked for HAT")
+    torch.set_num_threads(scenario.threads)
+    base, place = model_folder(scenario.model), torch.device(find_accelerator(scenario.accelerator))
+    model = load_device(base, scenario.hat.shallow, place)
+    return scenario, model, load_tokenizer(base), load_files(scenario.data, scenario.model.name)
+
+
+@lru_cache(maxsize=256)
+def _hat(place: Place, run_id: int) -> HatWorkload:
+    scenario, model, tokenizer, texts = _split(place.run_config)
+    own, _ = device_tokens(texts, scenario.data, scenario.seed, place.index, place.count, tokenizer)
+    _, test = device_files(texts, scenario.data, scenario.seed, place.index, place.count)
+    prompts = device_prompts(scenario.prompts, test, scenario.seed, place.index, place.count, tokenizer)
+    answers = AnswerFiles(default_folder() / "hat" / str(run_id) / place.name, tokenizer, prompts)
+    return HatWorkload(
+        device=place.name,
+        model=model,
+        adapter=None,
+        prompt=answers.prompt,
+        hear=answers.hear,
+        config=scenario.hat,
+        seed=derive_seed(scenario.seed, "hat", place.name),
+        stops=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+        texts=own,
+        threads=scenario.threads,
+    )
+
+
 MergeSFLClient(lambda context: _mergesfl(Place.of(context))).register(app)
 FedSpineClient(lambda context: _fedspine(Place.of(context))).register(app)
 CompClient(lambda context: _comp(Place.of(context))).register(app)
+HatClient(lambda context: _hat(Place.of(context), context.run_id)).register(app)

@@ -18,10 +18,12 @@ from fl_edge.comp.fleet import FleetConfig
 from fl_edge.config import check, resolve, setting
 from fl_edge.data.config import DataConfig, TextConfig
 from fl_edge.data.corpus import CorpusConfig
+from fl_edge.data.prompts import PromptConfig
 from fl_edge.edge.config import EdgeConfig
 from fl_edge.errors import ConfigError
 from fl_edge.fedspine.config import FedSpineConfig
 from fl_edge.fedspine.schedule import shortfall
+from fl_edge.hat.config import CloudConfig, HatConfig, TrainingConfig
 from fl_edge.link.resident.config import LinkConfig
 from fl_edge.mergesfl.config import MergeSFLConfig, released
 from fl_edge.models.config import LanguageModelConfig, ModelConfig
@@ -32,6 +34,7 @@ _CLASSES = {
     "fedspine": "FedSpineScenario",
     "fedspine_instructions": "FedSpineScenario",
     "comp": "CompScenario",
+    "hat": "HatScenario",
 }
 SIMULATIONS = tuple(_CLASSES)
 
@@ -106,6 +109,30 @@ class CompScenario(Scenario):
         """Return what cannot hold together, or nothing."""
         if self.comp.fewest > self.devices:
             return f"comp.fewest={self.comp.fewest} asks for more than the {self.devices} devices"
+        return None
+
+
+@dataclass
+class HatScenario(Scenario):
+    """A language model between devices and cloud: training of the adapter, then generation."""
+
+    accelerator: str = setting(
+        "cpu", "where models compute, server and devices: cpu, cuda, ..., auto (cuda where it is)"
+    )
+    adapter: str = setting("", "file of an adapter to begin with; empty: a fresh one, or none where none is trained")
+    hat: HatConfig = field(default_factory=HatConfig)
+    cloud: CloudConfig = field(default_factory=CloudConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    data: CorpusConfig = field(default_factory=CorpusConfig)
+
+    def contradictions(self) -> str | None:
+        """Return what cannot hold together, or nothing."""
+        if self.prompts.shortest > self.prompts.longest:
+            return f"prompts.shortest={self.prompts.shortest} is above prompts.longest={self.prompts.longest}"
+        if self.training.rounds and self.data.length > self.cloud.capacity:
+            return f"data.length={self.data.length} is above cloud.capacity={self.cloud.capacity}"
         return None
 
 

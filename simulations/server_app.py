@@ -12,8 +12,9 @@ from fl_edge.errors import FlEdgeError
 from fl_edge.link.resident.serverapp import resident_where_possible
 from simulations.comp import run_comp
 from simulations.fedspine import run_fedspine
+from simulations.hat import run_hat
 from simulations.mergesfl import run_mergesfl
-from simulations.scenario import CompScenario, FedSpineScenario, MergeSFLScenario, read_scenario
+from simulations.scenario import CompScenario, FedSpineScenario, HatScenario, MergeSFLScenario, read_scenario
 
 app = ServerApp()
 
@@ -46,5 +47,7 @@ def main(grid: Grid, context: Context) -> None:
                 run_mergesfl(grid_to_use, scenario)
             elif isinstance(scenario, CompScenario):
                 run_comp(grid_to_use, scenario)
+            elif isinstance(scenario, HatScenario):
+                run_hat(grid_to_use, scenario)
     except FlEdgeError as error:
         raise RunFailed(str(error)) from None

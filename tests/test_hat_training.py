@@ -110,7 +110,8 @@ def test_it_is_fedavg_over_lessons_of_the_whole_model(site: Site) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
     assert [report.server_round for report in site.rounds] == [1, 2]
     assert all(report.devices == DEVICES and not report.absent for report in site.rounds)
-    assert site.rounds[1].line(2).startswith("adapter   2/2  agrees on ")
+    assert site.rounds[1].line(2, 0.0).startswith("adapter   2/2  loss ")
+    assert AdapterRound.from_record(site.rounds[1].to_record()) == site.rounds[1]
 
 
 def test_a_process_a_message_ends_with_the_bits_of_one_that_stays(site: Site) -> None:

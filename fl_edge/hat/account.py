@@ -58,9 +58,13 @@ class Account:
             f"{self.up_bytes / 1e6:.2f} MB up, {self.down_bytes / 1e6:.2f} MB down"
         )
 
+    def to_record(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
     def to_text(self) -> str:
         """Return it as JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps(self.to_record())
 
     @classmethod
     def from_text(cls, text: Any) -> Account:

@@ -42,7 +42,7 @@ class Learned:
     before
         How near the adapter that it was sent was to the whole model, on sequences that no device trains on.
     loss
-        Of the last step.
+        Mean over the steps.
     """
 
     weights: Weights
@@ -111,10 +111,10 @@ def learn(
         raise ReplyError(f"{len(lessons)} sequences are too few to train on some and to test on others; at least 2")
     own, test = _part(lessons, slice(kept)), _part(lessons, slice(kept, None))
     before = compare(adapter, model, test, token_weight=order.token_weight)
-    losses = [float("nan")]
+    losses = list[float]()
     train(adapter, model, own, order, seed, lambda _step, loss: losses.append(loss))
     found = {name: tensor.detach().cpu() for name, tensor in adapter.state_dict().items()}
-    return Learned(found, int(own.mask.sum()), before, losses[-1])
+    return Learned(found, int(own.mask.sum()), before, sum(losses) / len(losses))
 
 
 def fitted(model: DeviceModel, weights: Mapping[str, Tensor]) -> Adapter:
@@ -187,7 +187,7 @@ class AdapterRound:
         Of the adapter before the round with the whole model, on held-out text, see
         :class:`~fl_edge.hat.distillation.Likeness`; mean over the devices by their tokens.
     loss
-        Of the devices' last steps.
+        Of the devices' steps, mean.
     absent
         Device -> why it does not count.
     up_bytes, down_bytes
@@ -206,16 +206,29 @@ class AdapterRound:
     down_bytes: int = 0
     real_s: float = 0.0
 
-    def line(self, rounds: int) -> str:
-        """Say it in one line."""
+    def line(self, rounds: int, left_s: float) -> str:
+        """Say it in one line, with the seconds that are left."""
         return (
-            f"adapter {self.server_round:3d}/{rounds}  agrees on {100 * self.agreement:.1f} % of tokens before it, "
-            f"loss {self.loss:.3f}  {self.devices} devices  {self.real_s:.1f} s"
+            f"adapter {self.server_round:3d}/{rounds}  loss {self.loss:.3f}  agreed on {100 * self.agreement:.1f} % of "
+            f"tokens before  {self.devices} devices  {self.real_s:.1f} s  left {left_s:.0f} s"
         )
+
+    def scalars(self) -> dict[str, float | None]:
+        """Return what is followed over the rounds."""
+        return {"adapter/agreement": self.agreement, "adapter/overlap": self.overlap, "adapter/loss": self.loss}
+
+    def histograms(self) -> dict[str, Sequence[float]]:
+        """Return nothing: no value a device is kept."""
+        return {}
 
     def to_record(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {"kind": "adapter", **asdict(self), "absent": dict(self.absent)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> AdapterRound:
+        """Undo :meth:`to_record`."""
+        return cls(**{name: value for name, value in record.items() if name != "kind"})
 
 
 def _part(lessons: Lessons, which: slice) -> Lessons:

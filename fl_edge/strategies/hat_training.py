@@ -27,12 +27,12 @@ from fl_edge.hat.federation import AdapterRound, Learned, Weights, course, figur
 from fl_edge.hat.middle import Middle
 from fl_edge.hat.scheduling import Limits
 from fl_edge.hat.split import load_device, load_middle
-from fl_edge.hat.wire import read_upload, write_answer
+from fl_edge.hat.wire import check_model, read_upload, write_answer
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.packing import pack, tensor_bytes
+from fl_edge.observers import Lines
 from fl_edge.seeding import torch_rng
 from fl_edge.strategies.exchange import ask, wait_for_nodes
-from fl_edge.strategies.hat import check_model
 from fl_edge.strategies.roster import Roster
 from fl_edge.strategies.talk import Talk
 
@@ -148,14 +148,14 @@ class HatTraining:
         wait_for_nodes(grid, self.min_devices, self.patience_s)
         self._roster.meet(grid, 0, self._accept, timeout)
         taught, absent = self._teach(grid, timeout)
-        empty = 0
+        observers, empty = self.observers or [Lines(self.config.rounds, log.info)], 0
         for server_round in range(self.server_round + 1, self.config.rounds + 1):
             report = self._round(grid, server_round, taught, absent, timeout)
             empty, absent = 0 if report.devices else empty + 1, {}
             if empty == _EMPTY_ROUNDS:
                 why = next(iter(report.absent.values()), "no device was taught")
                 raise TrainingError(f"no device trained the adapter in {_EMPTY_ROUNDS} rounds; the last: {why}")
-            for observer in self.observers or [self._logged]:
+            for observer in observers:
                 observer(report)
         return self.weights
 
@@ -177,7 +177,7 @@ class HatTraining:
             raise TrainingError(f"no device took the adapter: {next(iter(answers.refusals.values()))}")
 
     def _accept(self, _device: str, said: Mapping[str, Any]) -> None:
-        check_model(said, self._model.identity)
+        check_model(said["model"], self._model.identity)
 
     @property
     def _nodes(self) -> dict[str, int]:
@@ -250,6 +250,3 @@ class HatTraining:
             down_bytes=len(messages) * tensor_bytes(self.weights),
             real_s=time.perf_counter() - started,
         )
-
-    def _logged(self, report: AdapterRound) -> None:
-        log.info("%s", report.line(self.config.rounds))
