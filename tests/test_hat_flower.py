@@ -133,7 +133,8 @@ def test_no_token_is_on_the_wire(devices: Devices) -> None:
         assert all(tensor.is_floating_point() for tensor in tensors_of(reply).values())
         said = config_of(reply)
         assert said.keys() <= {
-            *("device", "model", "handled_s", "request", "base", "last", "verify", "parents", "kept", "account", "end")
+            *("device", "model", "handled_s", "request", "base", "last", "verify", "parents", "kept"),
+            *("account", "next", "end"),
         }
         assert not {"parents", "kept"} & said.keys()
         numbers.append(said.get("base"))
@@ -198,7 +199,7 @@ def test_a_full_cloud_refuses_and_goes_on(devices: Devices) -> None:
     assert all("try again later" in line for lines in report.refused.values() for line in lines)
     assert report.summary()["requests"] + sum(refused.values()) == 6
     for (device, number), text in devices.texts.items():
-        assert text == devices.expected(int(device[-1]), number)
+        assert text in ([], devices.expected(int(device[-1]), number))
 
 
 def test_a_prompt_beyond_the_context_is_told_and_passed_over(devices: Devices) -> None:
@@ -210,5 +211,5 @@ def test_a_prompt_beyond_the_context_is_told_and_passed_over(devices: Devices) -
 
 
 def test_devices_with_another_cut_take_no_part(devices: Devices) -> None:
-    with pytest.raises(TrainingError, match="shallow, weights differ"):
+    with pytest.raises(TrainingError, match=r"shallow \(2 and not 1\), weights differ"):
         devices.run(shallow=1)

@@ -52,8 +52,12 @@ class Account:
 
     def line(self, device: str) -> str:
         """Say it in one line."""
+        return f"{device:12}  {self.figures()}"
+
+    def figures(self) -> str:
+        """Say it in one line, without whose it is."""
         return (
-            f"{device:12}  {self.prompt:5d} + {self.tokens} tokens  TTFT {1e3 * self.first_s:.0f} ms  "
+            f"{self.prompt:5d} + {self.tokens} tokens  TTFT {1e3 * self.first_s:.0f} ms  "
             f"TBT {1e3 * self.between_s:.1f} ms  accept length {self.accept_length:.2f}  "
             f"{self.up_bytes / 1e6:.2f} MB up, {self.down_bytes / 1e6:.2f} MB down"
         )

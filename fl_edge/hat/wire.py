@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,39 @@ def write_answer(answer: Answer) -> tuple[Plain, dict[str, Tensor]]:
 def read_answer(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Answer:
     """Undo :func:`write_answer`; raises ReplyError as :func:`read_upload`."""
     return Answer(rows=_rows(tensors), **_read(plain, _ANSWER))
+
+
+def check_model(device: Any, server: Mapping[str, Any]) -> None:
+    """See that a device's part is of the server's model and cut.
+
+    Parameters
+    ----------
+    device
+        What the device says: JSON of the `identity` of its :class:`~fl_edge.hat.split.DeviceModel`.
+    server
+        What is due, as :func:`~fl_edge.hat.split.identify` has it.
+
+    Raises
+    ------
+    ReplyError
+        It is of another one.
+    """
+    try:
+        model = json.loads(device)
+    except (ValueError, TypeError):
+        model = None
+    if model != server:
+        told = {key: model.get(key) if isinstance(model, dict) else None for key in server}
+        differ = ", ".join(
+            key if key == "weights" else f"{key} ({_short(told[key])} and not {due})"
+            for key, due in server.items()
+            if told[key] != due
+        )
+        raise ReplyError(f"the device's part of the model is not of the server's model: {differ} differ")
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:20]
 
 
 def _read(plain: Mapping[str, Any], kinds: Mapping[str, type]) -> Plain:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fl_edge.config import check
-from fl_edge.errors import ReplyError
+from fl_edge.errors import ReplyError, TrainingError
 from fl_edge.hat.account import Account, HatReport
 from fl_edge.hat.cloud import Cloud, Refusal
 from fl_edge.hat.config import CloudConfig
@@ -25,15 +25,17 @@ from fl_edge.hat.messages import Answer
 from fl_edge.hat.middle import Middle
 from fl_edge.hat.scheduling import Limits
 from fl_edge.hat.split import identify, load_middle
-from fl_edge.hat.wire import read_upload, write_answer
+from fl_edge.hat.wire import check_model, read_upload, write_answer
 from fl_edge.link.content import config_of, tensors_of
 from fl_edge.strategies.exchange import wait_for_nodes
-from fl_edge.strategies.roster import Roster
 from fl_edge.strategies.talk import Talk
 
 Observer = Callable[[str, Account], None]
 
 _PAUSE_S = 0.0005  # when nothing has come and nothing waits
+_IDLE_S = 0.002  # and no device is in the middle of a request
+_LOOK_S = 0.5  # between two looks for nodes that are new
+_NAME = 40  # characters of a device's name, at most
 
 log = logging.getLogger("flwr.fl_edge")
 
@@ -90,104 +92,151 @@ class Hat:
         self.observers = list(observers)
         self.report = HatReport()
         self._at: dict[str, int] = {}  # the request that a device is at
-        self._roster = Roster("query.hat_describe")
+        self._met: set[int] = set()  # nodes that were asked who they are
+        self._strangers: dict[str, int] = {}  # those that have not said it yet
+        self._look_at = 0.0
+        self._void: dict[str, str] = {}  # why its request cannot go on, for a device that has to be waited for
+        self._keeps = True  # a report
 
-    def start(self, grid: Grid, timeout: float | None = 600) -> HatReport:
-        """Serve all devices to the end of their prompts.
+    def start(self, grid: Grid, timeout: float | None = 600, *, until: Callable[[], bool] | None = None) -> HatReport:
+        """Serve all devices, also those that come while others generate.
 
         Parameters
         ----------
         grid
             Flower's, or one that behaves like it.
         timeout
-            Seconds that a device has for a message; one that takes longer is left out from then on.
+            Seconds that a device has for a message; one that takes longer is left out from then on. Nothing for no
+            limit: a person may sit at the device.
+        until
+            Asked again and again whether this is the end; nothing is noted in the report then. Without it, the end is
+            there when no device has a prompt any more.
 
         Raises
         ------
         TrainingError
-            No device can take part.
+            No device can take part, and there is no `until` to wait for.
         """
         torch.set_num_threads(self.threads)
         wait_for_nodes(grid, self.min_devices, self.patience_s)
-        self._roster.meet(grid, 0, self._accept, timeout)
-        talk = Talk(grid, self._roster.nodes, "query.hat_", timeout)
-        self._at = dict.fromkeys(self._roster.names, 0)
-        self.report.accounts = {device: [] for device in self._roster.names}
-        for device in self._roster.names:
-            talk.say(device, "begin", {"capacity": self.capacity})
-        while talk.devices:
+        self._keeps = until is None
+        talk = Talk(grid, {}, "query.hat_", timeout)
+        while True:
+            self._meet(grid, talk)
+            if not talk.devices if until is None else until():
+                break
             arrived = talk.hear()
             for device, reply in arrived:
                 self._take(talk, device, reply)
+            if not self._keeps:
+                talk.lost.clear()
             answers = self.cloud.step(time.monotonic())
             for device, answer in answers:
                 self._give(talk, device, answer)
             self.cloud.expire(time.monotonic())
             if not arrived and not answers and not self.cloud.waiting:
-                time.sleep(_PAUSE_S)
+                time.sleep(_PAUSE_S if self.cloud.requests else _IDLE_S)
         self.report.lost = talk.lost
+        if until is None and not self.report.accounts:
+            raise TrainingError(f"no device can take part: {next(iter(talk.lost.values()))}")
         return self.report
 
-    def _accept(self, _device: str, said: Mapping[str, Any]) -> None:
-        check_model(said, self.identity)
+    def _meet(self, grid: Grid, talk: Talk) -> None:
+        """Ask nodes that are new, now and then, who they are."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + _LOOK_S
+        nodes = set(grid.get_node_ids())
+        self._met &= nodes
+        for node in sorted(nodes - self._met):
+            self._met.add(node)
+            self._strangers[talk.meet(f"node {node}", node)] = node
+            talk.say(f"node {node}", "describe", {"model": json.dumps(self.identity)})
+
+    def _enter(self, talk: Talk, stranger: str, node: int, reply: Message) -> None:
+        """Let a device begin that has said who it is, under a name that no other has."""
+        said = config_of(reply)
+        try:
+            check_model(said.get("model"), self.identity)
+        except ReplyError as error:
+            talk.lose(stranger, str(error))
+            return
+        talk.end(stranger)
+        name = "".join(each for each in str(said.get("device")) if each.isprintable())[:_NAME]
+        taken = talk.devices | self.report.accounts.keys()
+        free = (each for each in chain([name], (f"{name}#{number}" for number in count(2))) if each not in taken)
+        device = talk.meet(next(free), node)
+        if self._keeps:
+            self.report.accounts[device] = []
+        else:
+            log.info("%s is here", device)
+        self._begin(talk, device, 0)
+
+    def _begin(self, talk: Talk, device: str, request: int) -> None:
+        self._at[device] = request
+        talk.say(device, "begin", {"request": request, "capacity": self.capacity})
+
+    def _leave(self, device: str) -> None:
+        """Forget a device and its request."""
+        self.cloud.end(device, self._at.pop(device))
+        self._void.pop(device, None)
 
     def _take(self, talk: Talk, device: str, reply: Message | None) -> None:
-        """Hand on what a device sent; a device that is lost loses its requests."""
-        if reply is None:
-            self.cloud.end(device, self._at[device])
+        """Hand on what a device sent; a device that is lost loses its request."""
+        if (node := self._strangers.pop(device, None)) is not None:
+            if reply is not None:
+                self._enter(talk, device, node, reply)
             return
-        said = config_of(reply)
+        if reply is None:
+            self._leave(device)
+            return
+        said, at = config_of(reply), self._at[device]
         try:
             if "account" in said:
                 self._done(device, Account.from_text(said["account"]))
-                self.cloud.end(device, self._at[device])
             if said.get("end"):
                 talk.end(device)
+                self._leave(device)
+                if not self._keeps:
+                    log.info("%s has left", device)
+                return
+            if said.get("next"):
+                self.cloud.end(device, at)
+                self._begin(talk, device, at + 1)
                 return
             upload = read_upload(said, tensors_of(reply))
             self._at[device] = upload.request
             self.cloud.submit(device, upload, time.monotonic())
         except ReplyError as error:
-            self._refuse(talk, device, self._at[device], str(error))
+            self._refuse(talk, device, self._at[device], self._void.get(device, str(error)))
             return
         if not upload.last:
             talk.say(device, "go_on", {})
 
     def _give(self, talk: Talk, device: str, answer: Answer | Refusal) -> None:
         if isinstance(answer, Refusal):
-            self._refuse(talk, device, answer.request, answer.reason)
+            if talk.owed(device):  # the next chunk of the prompt is on its way, and will not fit any more
+                self._void[device] = answer.reason
+            else:
+                self._refuse(talk, device, answer.request, answer.reason)
         elif len(answer.rows):
             plain, tensors = write_answer(answer)
             talk.say(device, "answer", plain, tensors)
 
     def _refuse(self, talk: Talk, device: str, request: int, reason: str) -> None:
         self.cloud.end(device, request)
-        self.report.refused.setdefault(device, []).append(reason)
+        self._void.pop(device, None)
+        if self._keeps:
+            self.report.refused.setdefault(device, []).append(reason)
+        else:
+            log.warning("%s is refused: %s", device, reason)
         talk.say(device, "refused", {"request": request, "reason": reason})
 
     def _done(self, device: str, account: Account) -> None:
-        self.report.accounts[device].append(account)
+        if self._keeps:
+            self.report.accounts[device].append(account)
         for observer in self.observers or [_logged]:
             observer(device, account)
-
-
-def check_model(said: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """See that a device's part of the model, as it describes it, is of a model and a cut.
-
-    Raises
-    ------
-    ReplyError
-        It is of another one.
-    """
-    try:
-        model = json.loads(said["model"])
-    except (ValueError, TypeError):
-        model = None
-    if model != identity:
-        told = ", ".join(
-            key for key, value in identity.items() if not isinstance(model, dict) or model.get(key) != value
-        )
-        raise ReplyError(f"its part of the model is not of the server's model: {told} differ")
 
 
 def _logged(device: str, account: Account) -> None:

@@ -40,10 +40,16 @@ class Talk:
     """
 
     def __init__(self, grid: Grid, nodes: Mapping[str, int], prefix: str, timeout: float | None) -> None:
-        self._grid, self._nodes, self._prefix, self._timeout = grid, nodes, prefix, timeout
+        self._grid, self._nodes, self._prefix, self._timeout = grid, dict(nodes), prefix, timeout
         self._waiting: dict[str, tuple[str, float]] = {}  # message id -> device, and when it was sent
         self.devices = set(nodes)
         self.lost: dict[str, str] = {}
+
+    def meet(self, device: str, node: int) -> str:
+        """Add a device, and return its name."""
+        self._nodes[device] = node
+        self.devices.add(device)
+        return device
 
     def say(
         self, device: str, what: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
@@ -52,6 +58,10 @@ class Talk:
         message = Message(make_content(config, tensors), self._nodes[device], self._prefix + what)
         (number,) = self._grid.push_messages([message])
         self._waiting[number] = device, time.monotonic()
+
+    def owed(self, device: str) -> bool:
+        """Return whether a device has a message that it has not answered."""
+        return any(each == device for each, _ in self._waiting.values())
 
     def hear(self) -> list[tuple[str, Message | None]]:
         """Return what has come since the last call, without waiting: device and reply, or nothing if it is lost."""
@@ -72,9 +82,10 @@ class Talk:
     def end(self, device: str) -> None:
         """Let a device go, which has come to its end."""
         self.devices.discard(device)
+        self._nodes.pop(device, None)
 
     def lose(self, device: str, why: str) -> None:
         """Let a device go that cannot go on."""
-        self.devices.discard(device)
+        self.end(device)
         self.lost[device] = why
-        log.warning("%s does not count from here on: %s", device, why)
+        log.warning("%s is out: %s", device, why)

@@ -6,12 +6,11 @@ Five messages, beside those of the adapter's training (`fl_edge.clients.hat.lear
 ===================  ==================================  =============================================================
 message type         asks with                           answers with
 ===================  ==================================  =============================================================
-query.hat_describe   nothing                             device, what its part of the model is of
-query.hat_begin      tokens that a request may have      first chunk of the first prompt
+query.hat_describe   which model it has, if it likes     device, what its part of the model is of
+query.hat_begin      request, tokens that it may have    first chunk of the prompt of this number, or a later one
 query.hat_go_on      nothing: the chunk is there         next chunk of the prompt
 query.hat_answer     rows after the middle submodel      rows to verify next; after the last, the request's account
-                                                         and the first chunk of the next prompt
-query.hat_refused    why an upload was not taken         first chunk of the next prompt
+query.hat_refused    why an upload was not taken         nothing
 ===================  ==================================  =============================================================
 
 Where the process stays (`fl_edge.link.resident`), the device drafts on while the cloud verifies. Where it may not live
@@ -40,8 +39,8 @@ from fl_edge.hat.config import HatConfig
 from fl_edge.hat.messages import Upload
 from fl_edge.hat.session import DeviceSession
 from fl_edge.hat.split import DeviceModel
-from fl_edge.hat.wire import read_answer, write_upload
-from fl_edge.link.content import CONFIG, config_of, make_content, tensors_of
+from fl_edge.hat.wire import check_model, read_answer, write_upload
+from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.resident.staying import stays
 
 STATE = "hat"  # this client's record in Context.state
@@ -69,7 +68,7 @@ class HatWorkload:
         Number -> tokens (n,) int64 of the prompt with that number, from 0 on; nothing when there are no more. It may
         wait, for a person at a keyboard.
     hear
-        Called with the number of a prompt and new tokens, as they come.
+        Called with the number of a prompt and new tokens, as they come; with none when the answer begins.
     tell
         Called with the number of a prompt that is not answered, and why.
     config
@@ -133,12 +132,17 @@ class HatClient:
         app.query("hat_answer")(answering(self._load, self._answer))
         app.query("hat_refused")(answering(self._load, self._refused))
 
-    def _describe(self, _message: Message, _context: Context, work: HatWorkload) -> RecordDict:
-        return make_content({"device": work.device, "model": json.dumps(work.model.identity)})
+    def _describe(self, message: Message, _context: Context, work: HatWorkload) -> RecordDict:
+        model = json.dumps(work.model.identity)
+        if (server := config_of(message).get("model")) is not None:
+            check_model(model, json.loads(server))
+        return make_content({"device": work.device, "model": model})
 
     def _begin(self, message: Message, context: Context, work: HatWorkload) -> RecordDict:
-        session = self._new(context, work, int(config_of(message)["capacity"]))
-        return self._next(session, 0, context, work)
+        config = config_of(message)
+        number, known = int(config["request"]), self._live.get((context.run_id, context.node_id))
+        session = known if known and number else self._new(context, work, int(config["capacity"]))
+        return self._next(session, number, context, work)
 
     def _go_on(self, _message: Message, context: Context, work: HatWorkload) -> RecordDict:
         session = self._found(context, work)
@@ -150,25 +154,27 @@ class HatClient:
         upload = session.answer(answer)
         if upload is not None:
             return self._uploaded(session, upload, context)
-        account = session.account.to_text()
-        content = self._next(session, answer.request + 1, context, work)
-        content.config_records[CONFIG]["account"] = account
-        return content
+        context.state.pop(STATE, None)
+        return make_content({"account": session.account.to_text(), "next": True})
 
     def _refused(self, message: Message, context: Context, work: HatWorkload) -> RecordDict:
         session, config = self._found(context, work), config_of(message)
         session.give_up()
         work.tell(int(config["request"]), str(config["reason"]))
-        return self._next(session, int(config["request"]) + 1, context, work)
+        context.state.pop(STATE, None)
+        return make_content({"next": True})
 
     def _next(self, session: DeviceSession, number: int, context: Context, work: HatWorkload) -> RecordDict:
         """Begin with the next prompt that can be answered, or say that there are no more."""
         while (prompt := work.prompt(number)) is not None:
             try:
-                return self._uploaded(session, session.begin(number, prompt), context)
+                upload = session.begin(number, prompt)
             except ConfigError as error:
                 work.tell(number, str(error))
                 number += 1
+            else:
+                work.hear(number, ())
+                return self._uploaded(session, upload, context)
         self._live.pop((context.run_id, context.node_id), None)
         self._learner.forget(context)
         context.state.pop(STATE, None)

@@ -69,10 +69,18 @@ class LinkClient:
         for chunks in client.messages():
             client.send(answer(chunks))
         print(client.reason)  # why it ended
+
+    Attributes
+    ----------
+    reason
+        Why the session ended; empty as long as it lasts.
+    refused
+        Whether the server did not take the invitation's token, so that there never was a session.
     """
 
     def __init__(self, invitation: Invitation) -> None:
         self.reason = ""
+        self.refused = False
         self._invitation = invitation
         self._token = invitation.token
         self._stream = Stream(invitation.frame_bytes, invitation.max_message_bytes)
@@ -184,6 +192,7 @@ class LinkClient:
                 error.__traceback__ = None  # it refers to the call, which is the error: see below
                 self._trouble = " ".join((error.details() or error.code().name).split())
                 if error.code() in _FINAL:
+                    self.refused = self._token == self._invitation.token
                     self._end(f"the server at {self._invitation.address} refused this client")
             except ReplyError as error:
                 self._end(f"the server sent what cannot be: {error}")
