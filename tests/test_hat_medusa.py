@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fl_edge.errors import DataError
 from fl_edge.hat.adapter import save_adapter
-from fl_edge.hat.caches import keep_path
+from fl_edge.hat.caches import keep_rows
 from fl_edge.hat.distillation import Course, teach
 from fl_edge.hat.generation import Generation, Rules, generate
 from fl_edge.hat.medusa import MedusaHeads, MedusaTrees, load_heads, new_heads, save_heads
@@ -77,7 +77,7 @@ def test_every_way_through_a_tree_has_the_states_of_its_chain(name: str, tmp_pat
         path = [place for place, there in enumerate(line) if there]
         alone = device.embed_and_run(torch.cat((before, tree[:, path]), 1))
         assert distance(states[0, row], alone[0, -1]) < EXACT
-    keep_path(cache, 7, [0, 2, 4])
+    keep_rows(cache, 7, [0, 2, 4])
     assert cache.get_seq_length() == 10
     after = draw_tokens(1, 2, seed=3)
     whole = device.embed_and_run(torch.cat((before, tree[:, [0, 2, 4]], after), 1))

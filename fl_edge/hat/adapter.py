@@ -8,6 +8,7 @@ everything before, also where layers of the model look through a window (*ours*)
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from fl_edge.hat.caches import new_cache
 from fl_edge.hat.fitted import fill_fitted, read_fitted, save_fitted
 from fl_edge.hat.split import DeviceModel
+from fl_edge.hat.trees import tree_attention
 
 _WHAT = "an adapter"
 
@@ -52,7 +54,9 @@ class Adapter(nn.Module):
         """Return an empty cache of the adapter; see :mod:`fl_edge.hat.caches`."""
         return new_cache()
 
-    def forward(self, states: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, cache: DynamicCache | None = None, parents: Sequence[int] | None = None
+    ) -> Tensor:
         """Return the features, which play the role of the normed last hidden states.
 
         Parameters
@@ -62,6 +66,8 @@ class Adapter(nn.Module):
         cache
             What was before, of the same b sequences; the states are added to it, and no autograd graph is built. None:
             nothing was, nothing is kept.
+        parents
+            Of a draft tree, as in :meth:`fl_edge.hat.split.DeviceModel.embed_and_run`.
 
         Returns
         -------
@@ -69,9 +75,15 @@ class Adapter(nn.Module):
             (b, n, d).
         """
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
-            first = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(first, first + states.shape[1], device=states.device)[None]
-            mask = create_causal_mask(self.config, states, None, cache, positions)
+            first, count = 0 if cache is None else cache.get_seq_length(), states.shape[1]
+            if parents is None:
+                positions = torch.arange(first, first + count, device=states.device)[None]
+                mask = create_causal_mask(self.config, states, None, cache, positions)
+            else:
+                before = first - (len(parents) - count)
+                tree = tree_attention(self.config, parents, count, before, states.device, states.dtype)
+                positions, mask = tree["position_ids"], tree["attention_mask"]
+                mask = mask["full_attention"] if isinstance(mask, dict) else mask
             (rotary,) = self._rotary
             leaving, _ = self.attention(
                 hidden_states=self.input_norm(states),

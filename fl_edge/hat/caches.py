@@ -40,7 +40,7 @@ def crop(cache: DynamicCache, length: int) -> None:
     cache.crop(length - there)  # transformers takes the tokens to drop, negative
 
 
-def keep_path(cache: DynamicCache, base: int, kept: Sequence[int]) -> None:
+def keep_rows(cache: DynamicCache, base: int, kept: Sequence[int]) -> None:
     """Forget all tokens but the first ``base`` and some of those behind them, as after a draft tree.
 
     Parameters
@@ -48,7 +48,7 @@ def keep_path(cache: DynamicCache, base: int, kept: Sequence[int]) -> None:
     cache
         Changed in place; tensors that others got from it are not.
     kept
-        Tokens behind ``base``, ascending from 0.
+        Tokens behind ``base``, counted from it, ascending.
     """
     if list(kept) != list(range(len(kept))):
         layers: list[Any] = cache.layers

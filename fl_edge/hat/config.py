@@ -31,6 +31,12 @@ class HatConfig:
 
     tree_rows: int = setting(8, "rows of a draft tree of Medusa's heads, with the newest token's own", low=1, high=64)
 
+    # HAT+, which is ours: the threshold, the cap and the guesses above mean nothing then
+    adaptive: bool = setting(
+        False, "drafts are trees that grow as long as they pay by what was measured, also during verification"
+    )
+    draft_width: int = setting(4, "tokens of such a tree that are drafted side by side; 1: chains", low=1, high=16)
+
     # the prompt
     chunking: str = setting(
         "ttft", "chunks of a prompt: of least predicted time to the first token, by either reading of the paper's "

@@ -23,7 +23,7 @@ from fl_edge.hat.sampling import Sampler
 class Adapted(Protocol):
     """What drafting needs of an adapter: :class:`fl_edge.hat.adapter.Adapter`."""
 
-    def __call__(self, states: Tensor, cache: DynamicCache) -> Tensor:
+    def __call__(self, states: Tensor, cache: DynamicCache, parents: Sequence[int] | None = None) -> Tensor:
         """Return features (b, n, d) of shallow states (b, n, d), behind those in the cache."""
 
     def new_cache(self) -> DynamicCache:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from fl_edge.errors import DataError
-from fl_edge.hat.caches import keep_path
+from fl_edge.hat.caches import keep_rows
 from fl_edge.hat.fitted import fill_fitted, read_fitted, save_fitted
 from fl_edge.hat.proposing import DevicePart, Proposal
 from fl_edge.hat.sampling import Sampler
@@ -153,7 +153,7 @@ class MedusaTrees:
     def propose(self, newest: int, base: int, most: int) -> Proposal:
         """Return the newest token with the tree that the heads put behind it."""
         assert self._last is not None, "nothing was answered yet"
-        keep_path(self._cache, base - len(self._held), self._held)
+        keep_rows(self._cache, base - len(self._held), self._held)
         tree = self._tree.cut(most)
         logits = self._heads(self._model.norm(self._last.to(self._model.device)))[:, 0]
         places = range(base + 1, base + 1 + len(self._heads))

@@ -20,10 +20,12 @@ from fl_edge.hat.chains import Chains
 from fl_edge.hat.config import HatConfig
 from fl_edge.hat.drafting import Adapted
 from fl_edge.hat.generation import Generation, Rules
+from fl_edge.hat.growing import GrowingTrees
 from fl_edge.hat.medusa import MedusaHeads, MedusaTrees
 from fl_edge.hat.messages import Answer, Upload
 from fl_edge.hat.monitor import DeviceMonitor
 from fl_edge.hat.pace import MonitoredPace
+from fl_edge.hat.payoff import Payoff
 from fl_edge.hat.proposing import DevicePart, Proposer
 from fl_edge.hat.sampling import Sampler
 from fl_edge.seeding import derive_seed
@@ -79,6 +81,7 @@ class DeviceSession:
         self.monitor = DeviceMonitor()
         self.account = Account(0)
         self._pace = MonitoredPace(config, self.monitor, row_bytes=0.0)
+        self._payoff = Payoff(self.monitor)
         self._generation: Generation | None = None
         self._started = self._sent_at = 0.0
         self._sent_bytes = 0  # of the last upload; 0: another process sent it
@@ -125,6 +128,8 @@ class DeviceSession:
         came, generation, account = self._clock(), self._current(), self.account
         self._stop_ahead()
         self._measure(answer, came - self._sent_at - answer.wait_s - answer.batch_s)
+        if account.rounds:
+            self._payoff.answered(len(answer.rows), came - self._sent_at)
         found = generation.take_in(answer.rows)
         account.tokens += len(found.tokens)
         account.rounds += 1
@@ -132,9 +137,11 @@ class DeviceSession:
         account.accepted += found.accepted
         account.ahead += found.ahead
         account.down_bytes += answer.rows.nbytes
-        account.total_s = self._clock() - self._started
+        before, account.total_s = account.total_s, self._clock() - self._started
         if account.rounds == 1:
             account.first_s = account.total_s
+        else:
+            self._payoff.rounded(len(found.tokens), account.total_s - before)
         self._hear(generation.request, found.tokens)
         if generation.over:
             return None
@@ -152,7 +159,9 @@ class DeviceSession:
     def to_record(self) -> dict[str, Any]:
         """Return where the request under way stands, as plain values, for :meth:`restore`."""
         place = self._place(self._current())
-        return {**place, "account": asdict(self.account), "monitor": self.monitor.to_record()}
+        measured = {"monitor": self.monitor.to_record(), "payoff": self._payoff.to_record()}
+        began = time.time() - (self._clock() - self._started)  # by the one clock that processes share
+        return {**place, "account": asdict(self.account), "began": began, **measured}
 
     def stands_at(self, record: Mapping[str, Any]) -> bool:
         """Return whether this is where a record of :meth:`to_record` was made."""
@@ -161,12 +170,13 @@ class DeviceSession:
         )
 
     def restore(self, record: Mapping[str, Any], prompt: Tensor) -> None:
-        """Go on where another process was; times begin anew."""
+        """Go on where another process was."""
         self._pace.monitor = self.monitor = DeviceMonitor.from_record(record["monitor"])
+        self._payoff = Payoff.from_record(record["payoff"], self.monitor)
         self._generation = self._new(int(record["request"]), prompt)
         self._generation.restore(record["text"], int(record["sent"]), record["pending"], record["parents"])
         self.account, self._sent_bytes, self._sent_at = Account(**record["account"]), 0, self._clock()
-        self._started = self._sent_at - self.account.total_s
+        self._started = self._sent_at - (time.time() - float(record["began"]))
 
     def _new(self, request: int, prompt: Tensor) -> Generation:
         own = self._config
@@ -174,6 +184,8 @@ class DeviceSession:
         proposer: Proposer
         if isinstance(self._adapter, MedusaHeads):
             proposer = MedusaTrees(self._model, self._adapter, sampler, own.tree_rows)
+        elif own.adaptive and self._adapter is not None:
+            proposer = GrowingTrees(self._model, self._adapter, sampler, self._payoff, own.draft_width, self._clock)
         else:
             proposer = Chains(self._model, self._adapter, sampler, self._pace, own.guesses)
         return Generation(self._model, proposer, sampler, self._pace, self._rules, request, prompt)
@@ -195,7 +207,7 @@ class DeviceSession:
 
     def _leaves(self, upload: Upload) -> Upload:
         self._sent_bytes, self._sent_at = upload.rows.nbytes, self._clock()
-        self._pace.row_bytes = self._sent_bytes / len(upload.rows)
+        self._pace.row_bytes = self._payoff.row_bytes = self._sent_bytes / len(upload.rows)
         self.account.up_bytes += self._sent_bytes
         return upload
 

@@ -91,7 +91,8 @@ class DeviceModel(nn.Module):
         cache
             What was before, of the same b sequences; the tokens are added to it. None: nothing was, nothing is kept.
         parents
-            Of a draft tree, as in an :class:`~fl_edge.hat.messages.Upload`; None: each token follows the one before it.
+            Of a draft tree, as in an :class:`~fl_edge.hat.messages.Upload`: of its newest rows, which these tokens are,
+            and of those that are in the cache already. None: each token follows the one before it.
 
         Returns
         -------
@@ -100,8 +101,9 @@ class DeviceModel(nn.Module):
         """
         tree: dict[str, Any] = {}
         if parents is not None:
-            before = 0 if cache is None else cache.get_seq_length()
-            tree = tree_attention(self.config, parents, before, self.device, self.dtype)
+            count = tokens.shape[1]
+            before = (0 if cache is None else cache.get_seq_length()) - (len(parents) - count)
+            tree = tree_attention(self.config, parents, count, before, self.device, self.dtype)
         found = self.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **tree)
         states: Tensor = found.last_hidden_state
         return states

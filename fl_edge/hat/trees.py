@@ -33,39 +33,47 @@ def lines(parents: Sequence[int]) -> list[list[bool]]:
 
 
 def tree_attention(
-    config: Any, parents: Sequence[int], before: int, device: torch.device, dtype: torch.dtype
+    config: Any, parents: Sequence[int], count: int, before: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return positions and masks with which a model of transformers runs a tree behind other tokens.
+    """Return positions and masks with which a model of transformers runs the newest rows of a tree.
 
     Parameters
     ----------
     config
         Of the model, for its windows.
     parents
-        As in the module's text, of n rows.
+        As in the module's text, of all r rows of the tree.
+    count
+        n, how many of them are run; the others are in the cache already.
     before
-        Tokens in the cache.
+        Tokens in the cache before the tree.
 
     Returns
     -------
     dict
-        ``position_ids`` (1, n), and ``attention_mask`` (1, 1, n, before + n), 0 or -inf, by kind of layer where the
+        ``position_ids`` (1, n), and ``attention_mask`` (1, 1, n, before + r), 0 or -inf, by kind of layer where the
         model has several.
     """
-    depth = torch.tensor(depths(parents), device=device)
-    positions = torch.cat((torch.arange(before, device=device), before + depth))
-    own = torch.tensor(lines(parents), device=device)
-    seen = torch.cat((own.new_ones(len(parents), before), own), 1)
-    near = before + depth[:, None] - positions
+    rows, first = len(parents), len(parents) - count
+    own = torch.zeros(count, rows, dtype=torch.bool)
+    for place in range(count):
+        row = first + place
+        while row >= 0:
+            own[place, row] = True
+            row = parents[row]
+    seen = torch.cat((own.new_ones(count, before), own), 1)
+    depth = before + torch.tensor(depths(parents))
+    positions = torch.cat((torch.arange(before), depth))
+    near = depth[first:, None] - positions
 
     def mask(window: int | None) -> Tensor:
         visible = seen if window is None else seen & (near < window)
-        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)[None, None]
+        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)[None, None].to(device)
 
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     masks: Any = {"full_attention": mask(None), "sliding_attention": mask(window)} if kinds else mask(window)
-    return {"position_ids": before + depth[None], "attention_mask": masks}
+    return {"position_ids": depth[None, first:].to(device), "attention_mask": masks}
 
 
 @dataclass(frozen=True)
