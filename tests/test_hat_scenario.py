@@ -79,15 +79,15 @@ def test_a_run_leaves_records_pictures_an_adapter_and_texts_on_the_devices(
     assert len(texts(tmp_path / "cache")) == DEVICES * PROMPTS
     assert sum(account.drafted for accounts in report.accounts.values() for account in accounts) > 0
     before = texts(tmp_path / "cache")
-    run(tmp_path, settings, "again", 2, adapter=str(folder / "adapter.safetensors"), **{"training.rounds": 0})
+    run(tmp_path, settings | {"training.rounds": 0, "adapter": str(folder / "adapter.safetensors")}, "again", 2)
     assert texts(tmp_path / "cache") == before  # whatever was drafted
-    plain = run(tmp_path, settings, "plain", 3, **{"training.rounds": 0})
+    plain = run(tmp_path, settings | {"training.rounds": 0}, "plain", 3)
     assert plain.summary()["accept_length"] == 1.0
     assert texts(tmp_path / "cache") == before
 
 
 def test_texts_are_those_of_the_whole_model(settings: dict[str, Any], tmp_path: Path) -> None:
-    run(tmp_path, settings, **{"training.rounds": 0, "data.sequences": 4})
+    run(tmp_path, settings | {"training.rounds": 0})
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(settings["model.name"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model.name"])
     found = list((tmp_path / "cache" / "hat").glob("*/*/*.tokens"))
@@ -134,7 +134,7 @@ def test_a_run_that_was_killed_in_training_goes_on(
 )
 def test_mistakes_are_one_line(change: dict[str, Any], line: str, settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises((ConfigError, DataError), match=rf"^[^\n]*{line}[^\n]*$"):
-        run(tmp_path, settings, **change)
+        run(tmp_path, settings | change)
     assert not (tmp_path / "local").exists()
 
 
