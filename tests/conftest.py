@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from fl_edge.link.resident.config import TLS
 
 IN_TIME_S = 180  # a safety net only
+
+# Several tests share the cores, and threads that wait for each other make small steps many times slower. Set before
+# NumPy and torch are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,8 +61,10 @@ def no_thread_is_left() -> Iterator[None]:
     from tests.link_site import eventually
 
     before = set(threading.enumerate())
+    gc.freeze()  # to search all that was there before takes a second a test
     yield
     gc.collect()
+    gc.unfreeze()
     eventually(lambda: not {thread for thread in threading.enumerate() if thread not in before})
 
 

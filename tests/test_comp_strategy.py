@@ -30,6 +30,16 @@ def fleet(tmp_path: Path) -> Fleet:
     return Fleet(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What a run together gives that nothing befalls."""
+    fleet = Fleet(tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fl_edge.comp.measures._SECONDS", 0.0)
+        fleet.run(mode="federated")
+    return weights(fleet.folder / "out" / "model")
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -91,9 +101,7 @@ def test_together_is_as_all_texts_on_one_machine(fleet: Fleet, wire: str, change
     assert sum(row.up_bytes for row in report.layers) <= report.up_bytes > 0
 
 
-def test_processes_that_forget_end_with_the_same_bits(fleet: Fleet) -> None:
-    fleet.run(mode="federated", name="staying")
-    whole = weights(fleet.folder / "staying" / "model")
+def test_processes_that_forget_end_with_the_same_bits(fleet: Fleet, whole: dict[str, Tensor]) -> None:
     for lose in (-1, 9, 11, 16):
         app = Fresh(fleet)
         app.lose = lose
@@ -104,14 +112,15 @@ def test_processes_that_forget_end_with_the_same_bits(fleet: Fleet) -> None:
             assert same_bits(weights(Path(row.outcome.folder)), whole)
 
 
-def test_decisions_in_pieces_give_the_same_bits(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet.run(mode="federated", name="whole")
+def test_decisions_in_pieces_give_the_same_bits(
+    fleet: Fleet, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fl_edge.strategies.crowd._MIB", 1)  # a layer a message
     app = Fresh(fleet)
     app.lose = 20
     report = fleet.run(mode="federated", name="pieces", app=app)
     assert not report.lost
-    assert same_bits(weights(fleet.folder / "pieces" / "model"), weights(fleet.folder / "whole" / "model"))
+    assert same_bits(weights(fleet.folder / "pieces" / "model"), whole)
 
 
 def test_only_sums_leave_a_device(fleet: Fleet) -> None:
@@ -133,14 +142,13 @@ def test_only_sums_leave_a_device(fleet: Fleet) -> None:
         assert tensor.numel() not in sequences, name
 
 
-def test_the_order_of_arrival_changes_nothing(fleet: Fleet) -> None:
+def test_the_order_of_arrival_changes_nothing(fleet: Fleet, whole: dict[str, Tensor]) -> None:
     class Shuffled(LocalGrid):
         def pull_messages(self, message_ids: Any) -> list[Message]:
             return super().pull_messages(message_ids)[::-1]
 
-    fleet.run(mode="federated", name="a")
-    fleet.run(mode="federated", name="b", grid=Shuffled(fleet.app(), 3))
-    assert same_bits(weights(fleet.folder / "a" / "model"), weights(fleet.folder / "b" / "model"))
+    fleet.run(mode="federated", grid=Shuffled(fleet.app(), 3))
+    assert same_bits(weights(fleet.folder / "out" / "model"), whole)
 
 
 def test_a_device_that_is_lost_is_missing_from_then_on(fleet: Fleet) -> None:
@@ -183,8 +191,7 @@ def test_a_device_with_another_base_or_without_text_is_left_out(fleet: Fleet) ->
     assert [row.device for row in report.devices] == ["device-1"]
 
 
-def test_a_killed_server_goes_on_at_the_layer_it_was_at(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet.run(mode="federated", name="whole")
+def test_a_killed_server_goes_on_at_the_layer_it_was_at(fleet: Fleet, whole: dict[str, Tensor]) -> None:
     strategy = fleet.strategy(mode="federated")
 
     def kill(row: Any) -> None:
@@ -197,15 +204,13 @@ def test_a_killed_server_goes_on_at_the_layer_it_was_at(fleet: Fleet, monkeypatc
     assert len(History(fleet.folder / "killed" / "checkpoints")) >= 3
     report = fleet.strategy(mode="federated").start(LocalGrid(fleet.app(), 3, run_id=2), fleet.folder / "killed")
     assert [row.report.layer for row in report.layers] == [2, 3]
-    whole = weights(fleet.folder / "whole" / "model")
     assert same_bits(weights(fleet.folder / "killed" / "model"), whole)
     for row in report.devices:
         assert same_bits(weights(Path(row.outcome.folder)), whole)
 
 
-def test_a_client_that_outlives_a_run_begins_the_next_one_anew(fleet: Fleet) -> None:
+def test_a_client_that_outlives_a_run_begins_the_next_one_anew(fleet: Fleet, whole: dict[str, Tensor]) -> None:
     """Though both have the same number, as runs on a LocalGrid have."""
-    fleet.run(mode="federated", name="whole")
     app, strategy = fleet.app(), fleet.strategy(mode="federated")
 
     def kill(row: Any) -> None:
@@ -216,7 +221,7 @@ def test_a_client_that_outlives_a_run_begins_the_next_one_anew(fleet: Fleet) -> 
         strategy.start(LocalGrid(app, 3), fleet.folder / "killed")
     report = fleet.strategy(mode="federated").start(LocalGrid(app, 3), fleet.folder / "again")
     assert report.lost == {}
-    assert same_bits(weights(fleet.folder / "again" / "model"), weights(fleet.folder / "whole" / "model"))
+    assert same_bits(weights(fleet.folder / "again" / "model"), whole)
 
 
 def test_each_for_itself_has_its_own_ratio_and_text(fleet: Fleet) -> None:

@@ -60,17 +60,16 @@ def test_three_pictures_are_drawn_of_any_run(reports: list[RoundReport], accurac
 def test_devices_without_time_and_reward_are_not_blank() -> None:
     (report,) = run(rounds=1)
     idle = [replace(device, compute_s=0.0, transfer_s=0.0, reward=0.0) for device in report.devices]
-    blank = run(rounds=1, never=range(4))
+    drawn, blank = draw([replace(report, devices=idle, waiting_s=0.0)]), draw(run(rounds=1, never=range(4)))
     for name in ("times.png", "choices.png"):
-        drawn = draw([replace(report, devices=idle, waiting_s=0.0)])[name]
-        assert coloured(drawn, WHITE) < coloured(draw(blank)[name], WHITE) - 50_000
+        assert coloured(drawn[name], WHITE) < coloured(blank[name], WHITE) - 50_000
 
 
 def test_what_is_not_known_is_not_drawn() -> None:
-    whole, untested = draw(run(rounds=9))["accuracy.png"], draw(run(rounds=9, tested=False))["accuracy.png"]
+    whole, untested = pictures._accuracy(run(rounds=9)), pictures._accuracy(run(rounds=9, tested=False))
     assert coloured(untested, BLUE) == 0
     assert coloured(whole, BLUE) > 1000
-    nobody = draw(run(rounds=9, never=range(4)))["accuracy.png"]
+    nobody = pictures._accuracy(run(rounds=9, never=range(4)))
     assert coloured(nobody, ORANGE) == 0
     for png in (whole, untested):
         assert coloured(png, ORANGE) > 500
@@ -79,11 +78,13 @@ def test_what_is_not_known_is_not_drawn() -> None:
 
 def test_absent_devices_are_white() -> None:
     def blank(**changes: Any) -> int:
-        return coloured(draw(run(devices=10, rounds=10, **changes))["choices.png"], WHITE, 0)
+        reports = run(devices=10, rounds=10, **changes)
+        return coloured(pictures._choices(reports, pictures._fleet(reports)), WHITE, 0)
 
-    cell = (blank(never=range(10)) - blank()) / 100
+    nothing = blank()
+    cell = (blank(never=range(10)) - nothing) / 100
     assert cell > 500
-    assert blank(never=(3,)) - blank() == pytest.approx(10 * cell, rel=0.05)
+    assert blank(never=(3,)) - nothing == pytest.approx(10 * cell, rel=0.05)
 
 
 def test_devices_are_ordered_by_their_speed_and_those_never_seen_come_last() -> None:
@@ -112,5 +113,5 @@ def test_every_device_of_eighty_has_its_name_and_thousands_still_fit() -> None:
     many = draw(run(devices=80, rounds=2))
     assert size(many["choices.png"]) == (1760, round(110 * (80 * 0.16 + 1.2)))
     assert size(many["times.png"]) == (1408, 990)
-    crowd = draw(run(devices=2000, rounds=2))
-    assert size(crowd["choices.png"]) == (1760, 1650)
+    crowd = run(devices=2000, rounds=2)
+    assert size(pictures._choices(crowd, pictures._fleet(crowd))) == (1760, 1650)

@@ -118,7 +118,10 @@ def test_dominant_share_goes_to_device_j_mod_n(rho: float) -> None:
         (1000, DataConfig(partition="pathological"), "wanted by more devices than it has samples"),
     ],
 )
-def test_impossible_partitions_say_what_to_change(num_devices: int, config: DataConfig, says: str) -> None:
+def test_impossible_partitions_say_what_to_change(
+    num_devices: int, config: DataConfig, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl_edge.data.partition._DRAWS", 2)  # each costs the tenth of a second
     with pytest.raises(DataError, match=says) as caught:
         device_indices(DIGITS, num_devices, config, 1)
     assert "\n" not in str(caught.value)
