@@ -17,6 +17,8 @@ SMALL: dict[str, Any] = {
     "mergesfl.ingress_batches": 2, "data.alpha": 1.0,
 }  # fmt: skip
 
+THREADS = {"OMP_NUM_THREADS": "2"}  # in processes of their own, the scenario has to say how many there are
+
 
 def mergesfl_scenario(config: Mapping[str, Any]) -> MergeSFLScenario:
     """The scenario of a run configuration that is one of MergeSFL."""
