@@ -1,4 +1,7 @@
-"""The ServerApp: reads the scenario, runs it, and leaves a run folder behind."""
+"""The ServerApp: reads the scenario, runs it, and leaves a run folder behind.
+
+Only the system that runs is imported: the others would cost a start of the process its seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,6 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_edge.errors import FlEdgeError
 from fl_edge.link.resident.serverapp import resident_where_possible
-from simulations.comp import run_comp
-from simulations.fedspine import run_fedspine
-from simulations.hat import run_hat
-from simulations.mergesfl import run_mergesfl
 from simulations.scenario import CompScenario, FedSpineScenario, HatScenario, MergeSFLScenario, read_scenario
 
 app = ServerApp()
@@ -42,12 +41,20 @@ def main(grid: Grid, context: Context) -> None:
         chosen = resident_where_possible(grid, config=scenario.link) if scenario.resident else nullcontext(grid)
         with chosen as grid_to_use:
             if isinstance(scenario, FedSpineScenario):
+                from simulations.fedspine import run_fedspine  # noqa: PLC0415 - heavy
+
                 run_fedspine(grid_to_use, scenario)
             elif isinstance(scenario, MergeSFLScenario):
+                from simulations.mergesfl import run_mergesfl  # noqa: PLC0415 - heavy
+
                 run_mergesfl(grid_to_use, scenario)
             elif isinstance(scenario, CompScenario):
+                from simulations.comp import run_comp  # noqa: PLC0415 - heavy
+
                 run_comp(grid_to_use, scenario)
             elif isinstance(scenario, HatScenario):
+                from simulations.hat import run_hat  # noqa: PLC0415 - heavy
+
                 run_hat(grid_to_use, scenario)
     except FlEdgeError as error:
         raise RunFailed(str(error)) from None

@@ -18,18 +18,19 @@ from fl_edge.checkpoints import load_checkpoint
 from simulations.deployment import Deployment, Run
 from simulations.launch import APP
 from tests import fedspine_scenario
-from tests.scenarios import SMALL, locally
+from tests.scenarios import SMALL, THREADS, locally
 from tests.tiny import same_bits
 
 FEDAVG = Path(__file__).parent / "apps" / "fedavg"
-NODES = 4
-QUICK = {"link.grace_s": 1.0, "link.heartbeat_s": 1.0}
+NODES = 3
+SMALLER = {**SMALL, "devices": NODES}
+QUICK = {"link.grace_s": 5.0, "link.heartbeat_s": 1.0}
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("resident")
-    with Deployment(folder, NODES, environment={"FL_EDGE_CACHE": str(folder / "cache")}) as made:
+    with Deployment(folder, NODES, environment={"FL_EDGE_CACHE": str(folder / "cache"), **THREADS}) as made:
         yield made
     assert not made.processes()
 
@@ -44,15 +45,15 @@ def until(condition: Callable[[], object], run: Run, timeout_s: float = 120.0) -
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, run.log
-        assert not run.status().startswith("finished"), run.log
+        assert run.stream.process.poll() is None, run.log  # it ends with the run
         time.sleep(0.05)
 
 
 def test_mergesfl_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp_path: Path) -> None:
-    outcome = deployment.run(APP, {**SMALL, "rounds": 3, "runs": str(tmp_path), "name": "deployed"})
+    outcome = deployment.run(APP, {**SMALLER, "rounds": 3, "runs": str(tmp_path), "name": "deployed"})
     assert outcome.status == "finished:completed", outcome.log
     assert "clients stay connected" in outcome.log
-    kept, local = load_checkpoint(tmp_path / "deployed" / "checkpoints"), locally(tmp_path, rounds=3)
+    kept, local = load_checkpoint(tmp_path / "deployed" / "checkpoints"), locally(tmp_path, rounds=3, devices=NODES)
     assert kept is not None
     assert same_bits(kept.weights, local["weights"])
     assert kept.record == local["record"]
@@ -60,19 +61,6 @@ def test_mergesfl_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp
     assert len(re.findall("Receiving: query.fl_edge_stay", logs(deployment))) == NODES
     assert len(re.findall("Receiving: ", logs(deployment))) == NODES  # nothing else went by Flower's way
     no_secrets(deployment, tmp_path / "deployed")
-
-
-def test_fedspine_ends_with_the_bits_of_a_local_grid(deployment: Deployment, tmp_path: Path) -> None:
-    settings = fedspine_scenario.make_files(tmp_path / "files")
-    outcome = deployment.run(APP, {**settings, "runs": str(tmp_path), "name": "deployed"})
-    assert outcome.status == "finished:completed", outcome.log
-    assert "clients stay connected" in outcome.log
-    kept = load_checkpoint(tmp_path / "deployed" / "checkpoints")
-    local = fedspine_scenario.locally(tmp_path, settings)
-    assert kept is not None
-    assert same_bits(kept.weights, local["weights"])
-    assert kept.record == local["record"]
-    assert not (deployment.folder / "cache" / "pruned").exists()  # models stayed in memory
 
 
 def logs(deployment: Deployment) -> str:
@@ -96,7 +84,32 @@ def head(file: Path) -> bytes:
         return stream.read(100)
 
 
-def test_a_stock_app_stays_with_two_changed_lines(deployment: Deployment, tmp_path: Path) -> None:
+def test_clients_leave_a_server_app_that_was_killed_and_serve_the_next_run(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    run = deployment.start(APP, {**SMALLER, **QUICK, "rounds": 1000, "runs": str(tmp_path), "name": "killed"})
+    until(lambda: len(lines(tmp_path / "killed")) > 2, run)
+    clients = deployment.processes("flwr-clientapp")
+    assert len(clients) == NODES
+    (server_app,) = deployment.processes("flwr-serverapp")
+    server_app.kill()
+    until(lambda: not deployment.processes("flwr-clientapp"), run)
+    fedspine_ends_with_the_bits_of_a_local_grid(deployment, tmp_path)
+
+
+def fedspine_ends_with_the_bits_of_a_local_grid(deployment: Deployment, folder: Path) -> None:
+    settings = {**fedspine_scenario.make_files(folder / "files"), "devices": NODES}
+    outcome = deployment.run(APP, {**settings, "runs": str(folder), "name": "deployed"})
+    assert outcome.status == "finished:completed", outcome.log
+    assert "clients stay connected" in outcome.log
+    kept, local = load_checkpoint(folder / "deployed" / "checkpoints"), fedspine_scenario.locally(folder, settings)
+    assert kept is not None
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record == local["record"]
+    assert not (deployment.folder / "cache" / "pruned").exists()  # models stayed in memory
+
+
+def test_a_stock_app_runs_and_stays_with_two_changed_lines(deployment: Deployment, tmp_path: Path) -> None:
     changed = {
         "client_app.py": ("from flwr.clientapp import ClientApp", "from fl_edge.link.resident import ClientApp"),
         "server_app.py": (
@@ -118,21 +131,24 @@ def test_a_stock_app_stays_with_two_changed_lines(deployment: Deployment, tmp_pa
         outcome = deployment.run(folder, config)
         assert outcome.status == "finished:completed", outcome.log
         assert ("clients stay connected" in outcome.log) == (folder == app)
+        assert f"Received {NODES} results and 0 failures" in outcome.log
+        assert set(json.loads(model.with_suffix(".json").read_text())) == {"0", "1"}
         models[folder] = load_file(model)
+    assert models[FEDAVG]["fc.weight"].shape == (10, 128)
     assert same_bits(models[FEDAVG], models[app])
 
 
 def test_a_client_killed_in_a_round_is_written_down_and_the_run_goes_on(deployment: Deployment, tmp_path: Path) -> None:
-    run = deployment.start(
-        APP, {**SMALL, **QUICK, "mergesfl.tau": 6, "rounds": 60, "runs": str(tmp_path), "name": "killed"}
-    )
+    all_are_needed = {"mergesfl.tau": 6, "mergesfl.min_workers": NODES}  # so the next round waits for it
+    config = {**SMALLER, **QUICK, **all_are_needed, "rounds": 30, "runs": str(tmp_path), "name": "killed"}
+    run = deployment.start(APP, config)
     until(lambda: len(lines(tmp_path / "killed")) > 2, run)
     device = lines(tmp_path / "killed")[-1]["devices"][0]
     client_of(deployment, int(device.rpartition("-")[2])).kill()
     outcome = run.wait(400)
     assert outcome.status == "finished:completed", outcome.log
     told = lines(tmp_path / "killed")
-    assert [line["server_round"] for line in told] == list(range(1, 61))
+    assert [line["server_round"] for line in told] == list(range(1, 31))
     (loss,) = [loss for line in told for loss in line["lost"]]
     assert loss["device"] == device
     assert "is not connected" in loss["why"]
@@ -144,18 +160,3 @@ def client_of(deployment: Deployment, index: int) -> psutil.Process:
     supernode = psutil.Process(deployment.supernodes[index].process.pid)
     (client,) = [each for each in supernode.children(recursive=True) if "flwr-clientapp" in " ".join(each.cmdline())]
     return client
-
-
-def test_clients_leave_a_server_app_that_was_killed_and_serve_the_next_run(
-    deployment: Deployment, tmp_path: Path
-) -> None:
-    config = {**SMALL, **QUICK, "runs": str(tmp_path)}
-    run = deployment.start(APP, {**config, "rounds": 1000, "name": "killed"})
-    until(lambda: len(lines(tmp_path / "killed")) > 2, run)
-    clients = deployment.processes("flwr-clientapp")
-    assert len(clients) == NODES
-    (server_app,) = deployment.processes("flwr-serverapp")
-    server_app.kill()
-    until(lambda: not deployment.processes("flwr-clientapp"), run)
-    outcome = deployment.run(APP, {**config, "rounds": 2, "name": "next"})
-    assert outcome.status == "finished:completed", outcome.log
