@@ -66,7 +66,7 @@ def check_model(device: Any, server: Mapping[str, Any]) -> None:
     """
     try:
         model = json.loads(device)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         model = None
     if model != server:
         told = {key: model.get(key) if isinstance(model, dict) else None for key in server}
