@@ -81,7 +81,7 @@ class Account:
         """
         try:
             account = cls(**json.loads(text))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             raise ReplyError("the account of a request cannot be read") from None
         for each in fields(cls):
             value = getattr(account, each.name)

@@ -9,6 +9,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fl_edge.link.content import config_of
+from fl_edge.link.flower import NODE_UNAVAILABLE
 
 _PAUSE_S = 0.1
 
@@ -41,7 +42,7 @@ def arriving(grid: Grid, messages: Iterable[Message], timeout: float | None) -> 
 def sorted_reply(reply: Message) -> Message | str:
     """Return a reply, or in one line why it is none: Flower's error, or what the device refused."""
     if reply.has_error():
-        lines = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
-        return f"Flower's error {reply.error.code}: {lines[-1]}"
+        line = ((reply.error.reason or "").strip().splitlines() or ["no reason given"])[-1]
+        return line if reply.error.code == NODE_UNAVAILABLE else f"Flower's error {reply.error.code}: {line}"
     refused = config_of(reply).get("refused")
     return reply if refused is None else str(refused)

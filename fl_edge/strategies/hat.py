@@ -36,6 +36,7 @@ _PAUSE_S = 0.0005  # when nothing has come and nothing waits
 _IDLE_S = 0.002  # and no device is in the middle of a request
 _LOOK_S = 0.5  # between two looks for nodes that are new
 _NAME = 40  # characters of a device's name, at most
+_MOST_REQUESTS = 2**53  # of a device; the number of the next one must fit into a message
 
 log = logging.getLogger("flwr.fl_edge")
 
@@ -119,7 +120,8 @@ class Hat:
         """
         torch.set_num_threads(self.threads)
         wait_for_nodes(grid, self.min_devices, self.patience_s)
-        self._keeps = until is None
+        self._keeps, self.report, self._look_at = until is None, HatReport(), 0.0
+        self._met, self._strangers = set(), {}
         talk = Talk(grid, {}, "query.hat_", timeout)
         while True:
             self._meet(grid, talk)
@@ -147,7 +149,7 @@ class Hat:
             return
         self._look_at = time.monotonic() + _LOOK_S
         nodes = set(grid.get_node_ids())
-        self._met &= nodes
+        self._met &= nodes | set(talk.nodes.values())
         for node in sorted(nodes - self._met):
             self._met.add(node)
             self._strangers[talk.meet(f"node {node}", node)] = node
@@ -162,7 +164,7 @@ class Hat:
             talk.lose(stranger, str(error))
             return
         talk.end(stranger)
-        name = "".join(each for each in str(said.get("device")) if each.isprintable())[:_NAME]
+        name = "".join(each for each in str(said.get("device")) if each.isprintable())[:_NAME] or "nameless"
         taken = talk.devices | self.report.accounts.keys()
         free = (each for each in chain([name], (f"{name}#{number}" for number in count(2))) if each not in taken)
         device = talk.meet(next(free), node)
@@ -205,6 +207,10 @@ class Hat:
                 self._begin(talk, device, at + 1)
                 return
             upload = read_upload(said, tensors_of(reply))
+            if not at <= upload.request < _MOST_REQUESTS:
+                raise ReplyError(f"request {upload.request} is not allowed; it must be {at} or a later one")
+            if upload.request != at:  # prompts between were passed over
+                self.cloud.end(device, at)
             self._at[device] = upload.request
             self.cloud.submit(device, upload, time.monotonic())
         except ReplyError as error:

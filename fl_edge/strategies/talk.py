@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from flwr.app import Message
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fl_edge.link.content import make_content
 from fl_edge.strategies.arriving import sorted_reply
+
+_LINE = 500  # characters of what a device has to say of itself
 
 log = logging.getLogger("flwr.fl_edge")
 
@@ -33,29 +35,33 @@ class Talk:
 
     Attributes
     ----------
-    devices
-        That are still there.
+    nodes
+        Device -> node, of those that are still there.
     lost
         Device -> why it is not, where it did not :meth:`end`.
     """
 
     def __init__(self, grid: Grid, nodes: Mapping[str, int], prefix: str, timeout: float | None) -> None:
-        self._grid, self._nodes, self._prefix, self._timeout = grid, dict(nodes), prefix, timeout
+        self._grid, self._prefix, self._timeout = grid, prefix, timeout
+        self.nodes = dict(nodes)
         self._waiting: dict[str, tuple[str, float]] = {}  # message id -> device, and when it was sent
-        self.devices = set(nodes)
         self.lost: dict[str, str] = {}
+
+    @property
+    def devices(self) -> Set[str]:
+        """Those that are still there."""
+        return self.nodes.keys()
 
     def meet(self, device: str, node: int) -> str:
         """Add a device, and return its name."""
-        self._nodes[device] = node
-        self.devices.add(device)
+        self.nodes[device] = node
         return device
 
     def say(
         self, device: str, what: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
     ) -> None:
         """Send a device a message; it must have answered the one before."""
-        message = Message(make_content(config, tensors), self._nodes[device], self._prefix + what)
+        message = Message(make_content(config, tensors), self.nodes[device], self._prefix + what)
         (number,) = self._grid.push_messages([message])
         self._waiting[number] = device, time.monotonic()
 
@@ -81,11 +87,10 @@ class Talk:
 
     def end(self, device: str) -> None:
         """Let a device go, which has come to its end."""
-        self.devices.discard(device)
-        self._nodes.pop(device, None)
+        self.nodes.pop(device, None)
 
     def lose(self, device: str, why: str) -> None:
         """Let a device go that cannot go on."""
         self.end(device)
-        self.lost[device] = why
-        log.warning("%s is out: %s", device, why)
+        self.lost[device] = line = "".join(each if each.isprintable() else " " for each in why[:_LINE])
+        log.warning("%s is out: %s", device, line)

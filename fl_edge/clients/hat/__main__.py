@@ -67,14 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _keys(args: argparse.Namespace) -> None:
     folder: Path = args.folder
-    files = [folder / name for name in KEYS]
+    authority, certificate, key, token = files = [folder / name for name in KEYS]
     for file in files:
         if file.exists():
             raise ConfigError(f"{file} is there already; give another folder, or remove what is in this one")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        make_certificates(*files[:3], [*args.host, *(host for host in LOOPBACK if host not in args.host)], args.days)
-        write_secret(files[3], f"{secrets.token_hex(32)}\n".encode())
+        hosts = [*args.host, *(host for host in LOOPBACK if host not in args.host)]
+        make_certificates(authority, certificate, key, hosts, args.days)
+        write_secret(token, f"{secrets.token_hex(32)}\n".encode())
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written to: {error.strerror}") from None
     sys.stderr.write(f"{folder}: good for {args.days} days; devices need {AUTHORITY} and {TOKEN}, and nothing else\n")
@@ -134,7 +135,8 @@ def _chat(args: argparse.Namespace) -> None:
 def _reader() -> Callable[[], str | None]:
     """Return what reads a line: from a person at a terminal, or from a pipe."""
     if not sys.stdin.isatty():
-        return lambda: sys.stdin.readline() or None
+        lines = iter(sys.stdin)
+        return lambda: next((line.removesuffix("\n") for line in lines), None)
     with suppress(ImportError):
         import readline  # noqa: F401, PLC0415 - lines can be edited with it
 

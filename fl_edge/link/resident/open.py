@@ -20,7 +20,7 @@ _RUN = 1  # there is only one
 class OpenGrid(StreamGrid):
     """Flower's ``Grid``, over one stream for each device that has come by itself.
 
-    Its nodes are the devices that are connected now. A message to one that is not is answered by Flower's error 5.
+    Its nodes are the devices that have come and not gone. A message to another is answered by Flower's error 5.
 
     ::
 
@@ -68,8 +68,8 @@ class OpenGrid(StreamGrid):
         return self._run
 
     def get_node_ids(self) -> list[int]:
-        """Return the numbers of the devices that are connected now."""
-        return self._server.connected()
+        """Return the numbers of the devices that have come and not gone; one that is cut may come back."""
+        return self._server.nodes()
 
     def _call(self, nodes: Collection[int]) -> None:
         """Devices come by themselves."""

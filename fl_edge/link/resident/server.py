@@ -163,9 +163,9 @@ class LinkServer:
         """
         self._sessions[node_id].stream.send(parts)
 
-    def connected(self) -> list[int]:
-        """Return the nodes that have a session and a connection."""
-        return [node_id for node_id, session in list(self._sessions.items()) if session.connected]
+    def nodes(self) -> list[int]:
+        """Return the nodes that have a session, be it cut."""
+        return list(self._sessions)
 
     def state(self, node_id: int) -> str:
         """Return ``absent`` (no session), ``invited`` (no connection yet), ``connected`` or ``cut``."""
