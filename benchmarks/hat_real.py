@@ -26,6 +26,7 @@ from benchmarks.hat_models import LLAMA, middle_model
 from benchmarks.hat_real_room import Rooms
 from benchmarks.hat_real_setting import (
     CAPACITY,
+    DELAY,
     DEVICES,
     HAT,
     MEDUSA,
@@ -67,7 +68,7 @@ def prepare(quick: bool) -> None:
 def _rooms(quick: bool) -> Rooms:
     middle, parts = functools.partial(middle_model, LLAMA, quick), functools.partial(load_parts, quick)
     devices = QUICK_DEVICES if quick else DEVICES
-    return Rooms(middle, parts, devices, CAPACITY, CNN_DM.shape, CNN_DM.delay, CNN_DM.stages)
+    return Rooms(middle, parts, devices, CAPACITY, CNN_DM.shape, DELAY, CNN_DM.stages)
 
 
 def measure(case: str, seed: int, quick: bool) -> Mapping[str, Any]:

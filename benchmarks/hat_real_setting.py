@@ -4,6 +4,9 @@ The paper's 13B setting: prompts of CNN/DM's lengths at 4 requests a second, 30 
 virtual clock (:mod:`fl_edge.hat.simulated_report`). An answer has 32 tokens instead of 128: a device has one request at
 a time, and 30 devices can carry as many requests as U-shape then has under way. A batch of the cloud costs the same up
 to 512 rows, so requests that are not there would cost others nothing but their prompts.
+
+All of it runs in slow motion, twice as slow, so that what is held is longer than what this machine needs for it: 512
+rows with their histories take one core longer than the 13 ms that a stage of the paper's cloud has.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from benchmarks.hat_real_devices import Asked
 from benchmarks.hat_real_heads import heads_for
 from fl_edge.hat.config import HatConfig
 from fl_edge.hat.scheduling import Limits
+from fl_edge.hat.simulated_cloud import StageDelay
+from fl_edge.hat.simulated_device import Device
 from fl_edge.hat.simulated_report import CNN_DM
 from fl_edge.seeding import numpy_rng
 
 CAPACITY = 2048
 DEVICES, REQUESTS, NEW_TOKENS = 30, 80, 32
-QUICK_DEVICES, QUICK_REQUESTS, QUICK_NEW_TOKENS = 12, 12, 8
+QUICK_DEVICES, QUICK_REQUESTS, QUICK_NEW_TOKENS = 8, 8, 8
+SLOWER = 2.0  # times, all of it
+DELAY = StageDelay(SLOWER * CNN_DM.delay.base_s, SLOWER * CNN_DM.delay.token_s, CNN_DM.delay.knee)
 LONGEST = CAPACITY - NEW_TOKENS - 32  # of a prompt
 BUDGET = 512  # rows of a batch
 
@@ -79,12 +86,17 @@ def requests(seed: int, quick: bool) -> tuple[list[list[Asked]], int]:
     devices, count, new_tokens = (
         (QUICK_DEVICES, QUICK_REQUESTS, QUICK_NEW_TOKENS) if quick else (DEVICES, REQUESTS, NEW_TOKENS)
     )
-    times = numpy_rng(seed, "hat", "arrivals").exponential(1 / CNN_DM.rate, count).cumsum().tolist()
+    times = numpy_rng(seed, "hat", "arrivals").exponential(SLOWER / CNN_DM.rate, count).cumsum().tolist()
     lengths = replace(CNN_DM.prompts, longest=LONGEST).draw(seed, count)
     texts: Sequence[Any] = prompts(count, LONGEST, LONGEST, seed)
     asked: list[list[Asked]] = [[] for _ in range(devices)]
     for number, (at, length, text) in enumerate(zip(times, lengths, texts, strict=True)):
         device = number % devices
-        machine = CNN_DM.bed.draw(seed, device, number // devices)
+        machine = _slower(CNN_DM.bed.draw(seed, device, number // devices))
         asked[device].append(Asked(number, at, text[:length].tolist(), machine))
     return asked, new_tokens
+
+
+def _slower(device: Device) -> Device:
+    speeds = {name: getattr(device, name) / SLOWER for name in ("read_bytes_s", "flops", "up", "down")}
+    return replace(device, latency_s=SLOWER * device.latency_s, **speeds)
