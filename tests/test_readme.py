@@ -26,11 +26,11 @@ def test_the_example_of_ones_own_project_trains(
 
 def test_settings_named_in_the_readme_are_there() -> None:
     from fl_edge.config import flatten
-    from simulations.scenario import CompScenario, FedSpineScenario, MergeSFLScenario
+    from simulations.scenario import CompScenario, FedSpineScenario, HatScenario, MergeSFLScenario
 
-    keys = flatten(MergeSFLScenario) | flatten(FedSpineScenario) | flatten(CompScenario)
+    keys = flatten(MergeSFLScenario) | flatten(FedSpineScenario) | flatten(CompScenario) | flatten(HatScenario)
     prose = re.sub(r"```python\n.*?```", "", README.read_text(), flags=re.DOTALL)
-    owners = r"data|model|edge|mergesfl|comp|fedspine(?:\.schedule)?"
-    named = set(re.findall(rf"\b(?!comp\.json)((?:{owners})\.[a-z_0-9]+)\b(?![./])", prose))
+    owners = r"data|model|edge|mergesfl|comp|hat|cloud|training|prompts|fedspine(?:\.schedule)?"
+    named = set(re.findall(rf"\b(?!comp\.json)((?:{owners})\.(?!py\b)[a-z_0-9]+)\b(?![./])", prose))
     assert len(named) > 10
     assert named <= set(keys)
