@@ -102,7 +102,7 @@ def _serve(args: argparse.Namespace) -> None:
             signal.signal(name, interrupt)
         return stop.is_set
 
-    place = Place(_address(args.listen), tls, _token(args))
+    place = Place(_free(_address(args.listen)), tls, _token(args))
     accelerator = find_accelerator(args.accelerator)
     serve(_folder(args.model), args.shallow, config, place, begin, accelerator=accelerator, threads=args.threads)
 
@@ -198,6 +198,17 @@ def _address(text: str) -> str:
     if not host or not port.isdecimal() or not int(port) < 2**16:
         raise ConfigError(f"{text} is not allowed; it must be host or host:port")
     return text
+
+
+def _free(address: str) -> str:
+    """Return an address that can be listened on; gRPC would not only raise, but also write lines of its own."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, *_, place = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(place[:2], family=family).close()
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address}: {error.strerror}") from None
+    return address
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -258,7 +258,7 @@ class Chat:
         assert self._asked is not None
         self._answer.end()
         self._end_line()
-        self._say(account.figures())
+        self._say(account.figures().strip())
         self._conversation.answered(self._asked, self._answer.text)
         self._asked = None
 

@@ -64,11 +64,12 @@ class Conversation:
 
     def prompt(self, typed: str) -> Tensor:
         """Return the tokens (n,) int64 of a prompt that ends with what was typed."""
-        if self._tokenizer.chat_template is None:
-            tokens = self._tokenizer(typed)["input_ids"]
-        else:
-            said = [*self._said, {"role": "user", "content": typed}]
-            tokens = self._tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        with quiet():  # whether a prompt is too long is for others to say
+            if self._tokenizer.chat_template is None:
+                tokens = self._tokenizer(typed)["input_ids"]
+            else:
+                said = [*self._said, {"role": "user", "content": typed}]
+                tokens = self._tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
         return torch.tensor(tokens, dtype=torch.long)
 
     def answered(self, typed: str, answer: str) -> None:
