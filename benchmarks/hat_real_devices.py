@@ -126,7 +126,7 @@ class _Device:
         if drafts is not None:
             weights = shape.adapter_weights if order.drafts == "adapter" else shape.medusa_weights
             drafts = hold(drafts, self.processor, {"forward": weights})
-        self._share = model.config.hidden_size * model.dtype.itemsize / shape.row_bytes
+        self._row_bytes = shape.row_bytes
         self._text: list[int] = []
         self._session = DeviceSession(
             model, drafts, order.config, capacity, 0, (), lambda _, tokens: self._text.extend(tokens)
@@ -140,11 +140,12 @@ class _Device:
         sleep_until(self._start + asked.at)
         late = time.monotonic() - self._start - asked.at
         self.processor.device = machine = asked.machine
-        link = PacedLink(machine.up * self._share, machine.down * self._share, machine.latency_s)
-        session, self._text = self._session, []
+        link = PacedLink(machine.up, machine.down, machine.latency_s)
+        session, self._text, sent = self._session, [], 0
         upload: Upload | None = session.begin(asked.number, torch.tensor(asked.prompt))
         while upload is not None:
-            due = link.up.book(upload.rows.nbytes)
+            sent += (size := self._size(upload.rows))
+            due = link.up.book(size)
             plain, tensors = write_upload(upload)
             self._cloud.send_bytes(pack({"due": due, "upload": plain}, tensors))
             session.look_ahead()
@@ -154,13 +155,13 @@ class _Device:
                 continue
             head, tensors = unpack(self._cloud.recv_bytes())
             sleep_until(head["due"])
-            link.down.wait(link.down.book(_bytes(tensors)))
-            upload = session.answer(read_answer(head["answer"], tensors))
+            answer = read_answer(head["answer"], tensors)
+            link.down.wait(link.down.book(self._size(answer.rows)))
+            upload = session.answer(answer)
         self._cloud.send_bytes(pack({"due": time.monotonic(), "end": asked.number}, {}))
         text = hashlib.blake2b(repr(self._text).encode(), digest_size=4).hexdigest()
-        paced = session.account.up_bytes / self._share
-        return {"number": asked.number, "late_s": late, "text": text, "paced_up": paced, **asdict(session.account)}
+        return {"number": asked.number, "late_s": late, "text": text, "paced_up": sent, **asdict(session.account)}
 
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    def _size(self, rows: Tensor) -> int:
+        """Return the bytes of as many rows of the model that stands for this one: fp16, or half of that if packed."""
+        return len(rows) * self._row_bytes // (1 if rows.is_floating_point() else 2)

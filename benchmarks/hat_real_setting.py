@@ -26,8 +26,9 @@ from fl_edge.hat.simulated_report import CNN_DM
 from fl_edge.seeding import numpy_rng
 
 CAPACITY = 2048
-DEVICES, REQUESTS, NEW_TOKENS = 30, 80, 32
+DEVICES, REQUESTS, NEW_TOKENS = 30, 120, 32
 QUICK_DEVICES, QUICK_REQUESTS, QUICK_NEW_TOKENS = 8, 8, 8
+MARGIN = 0.25  # of the requests at either end load the cloud but are not counted: U-shape has 30 under way at once
 SLOWER = 2.0  # times, all of it
 DELAY = StageDelay(SLOWER * CNN_DM.delay.base_s, SLOWER * CNN_DM.delay.token_s, CNN_DM.delay.knee)
 LONGEST = CAPACITY - NEW_TOKENS - 32  # of a prompt
@@ -58,14 +59,15 @@ class Method:
 
 
 _PLAIN = {"chunking": "none", "max_drafts": 0, "guesses": 0}
-HAT, U_SHAPE = "HAT", "U-shape"
+HAT, HAT_PLUS, U_SHAPE = "HAT", "HAT+", "U-shape"
 SARATHI = {
     f"U-Sarathi, {tokens} rows" + (f", {chunk} a prompt" if chunk else ""): Limits(tokens, chunk)
     for tokens, chunk in ((512, 0), (512, 256), (256, 0))
 }
-MEDUSA = {f"U-Medusa, trees of {rows}": rows for rows in (3, 5, 9)}
+MEDUSA = {f"U-Medusa, trees of {rows}": rows for rows in (5, 9, 16)}
 METHODS = {
     HAT: Method("adapter", Limits(BUDGET), {}),
+    HAT_PLUS: Method("adapter", Limits(BUDGET), {"adaptive": True}),
     U_SHAPE: Method("", Limits(), _PLAIN),
     **{name: Method("", limits, _PLAIN) for name, limits in SARATHI.items()},
     **{
