@@ -42,7 +42,7 @@ from fl_edge.models.vocabulary import decoder_tokenizer
 from fl_edge.seeding import torch_rng
 from fl_edge.strategies import hat as strategy
 from fl_edge.strategies.hat import Hat
-from tests.link_site import ACKNOWLEDGEMENT, Raw, credentials, eventually
+from tests.link_site import ACKNOWLEDGEMENT, Proxy, Raw, credentials, eventually
 from tests.tiny_hat import CPU, load_whole, save_model
 
 pytestmark = pytest.mark.usefixtures("in_time", "impatient")
@@ -245,21 +245,37 @@ def test_a_chat_has_the_whole_models_text_and_says_nothing_of_it(model: Model, m
     assert not [word for word in ("def", "schönes", "wetter", "wann", "return") if word.encode() in whole]
 
 
+class Silent:
+    """A device in the middle of a request, which does nothing more."""
+
+    def __init__(self, model: Model, served: Served) -> None:
+        self.client = LinkClient(own_invitation(served.door().address, TOKEN, b"", LINK))
+        self.told: list[str] = []
+        self._app, self._context = ClientApp(), Context(1, 7, {}, RecordDict(), {})
+        work = model.work(prompt=lambda _: torch.arange(9), tell=lambda _, reason: self.told.append(reason))
+        HatClient(lambda _: work).register(self._app)
+        self.messages = self.client.messages()
+        self.answer(3)  # who it is, a chunk, another
+        eventually(lambda: served.hat.cloud.requests == 1)
+
+    def answer(self, messages: int) -> None:
+        for _, chunks in zip(range(messages), self.messages, strict=False):
+            self.client.send(reply_to(self._app, chunks, self._context, None, 2**20))
+
+    def kill(self) -> None:
+        """As when its process is killed."""
+        self.client._stop.set()
+        assert self.client._call
+        self.client._call.cancel()
+
+
 def test_devices_come_and_go_while_others_generate(model: Model) -> None:
     """A device that is lost in the middle of a request leaves nothing behind; who came later has its whole text."""
     with Served(model) as served:
-        lost = LinkClient(own_invitation(served.door().address, TOKEN, b"", LINK))
-        app = ClientApp()
-        HatClient(lambda _: model.work(prompt=lambda _: torch.arange(9))).register(app)
-        context = Context(1, 7, {}, RecordDict(), {})
-        for _, chunks in zip(range(3), lost.messages(), strict=False):  # who it is, a chunk, another
-            lost.send(reply_to(app, chunks, context, None, 2**20))
-        eventually(lambda: served.hat.cloud.requests == 1)
+        lost = Silent(model, served)
 
         def go() -> str:
-            lost._stop.set()  # as when its process is killed
-            assert lost._call
-            lost._call.cancel()
+            lost.kill()
             return "def"
 
         others: list[tuple[str, list[str]]] = []
@@ -276,6 +292,43 @@ def test_devices_come_and_go_while_others_generate(model: Model) -> None:
         assert [shown for shown, _ in others] == [lines_of(model.answer("return"), model.answer("wann"))] * 2
         eventually(lambda: served.hat.cloud.requests == 0)
         assert served.hat.report.accounts == {}
+
+
+def test_a_connection_that_breaks_is_made_again_and_nothing_is_lost(model: Model) -> None:
+    with Served(model) as served, Proxy(served.grid.port) as proxy:
+        host, _, port = proxy.address.rpartition(":")
+        shown, told = converse(model, served.door(host=host, port=int(port)), ["wann", "return"], Shown(proxy.cut))
+        assert shown == lines_of(model.answer("wann"), model.answer("return"))
+        assert len(told) == 2
+        assert proxy.connections == 3  # a knock first
+
+
+def test_a_device_that_is_silent_for_too_long_has_to_ask_again(model: Model) -> None:
+    with Served(model, replace(CLOUD, lease_s=0.2)) as served:
+        silent = Silent(model, served)
+        eventually(lambda: served.hat.cloud.requests == 0)
+        silent.answer(2)  # what is to be verified; that it will not be
+        assert "its lease has run out" in silent.told[0]
+        silent.client.close("the test is over")
+
+
+def test_answers_that_cannot_be_end_the_answer_and_not_the_chat(model: Model) -> None:
+    with Served(model) as served:
+        step: Any = served.hat.cloud.step
+        odd = 0
+
+        def wrong(now: float) -> Any:
+            nonlocal odd
+            owed = step(now)
+            odd += len(owed)
+            return [(name, replace(answer, rows=answer.rows * torch.nan)) for name, answer in owed] if odd < 3 else owed
+
+        served.hat.cloud.step = wrong  # type: ignore[method-assign]
+        shown, told = converse(model, served.door(), ["wann", "def"])
+        assert shown == lines_of(model.answer("def"))
+        assert "(the cloud answered 1 rows of hidden states; 1 finite ones were due); it will be asked again" in told[0]
+        assert told[1].startswith("the answer ends here, the server was lost (the cloud answered")
+        assert len(told) == 3
 
 
 def test_what_cannot_be_answered_is_told_and_the_next_is_answered(model: Model) -> None:
