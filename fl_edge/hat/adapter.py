@@ -16,7 +16,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.masking_utils import create_causal_mask
 
 from fl_edge.hat.caches import new_cache
 from fl_edge.hat.fitted import fill_fitted, read_fitted, save_fitted
@@ -74,6 +73,8 @@ class Adapter(nn.Module):
         Tensor
             (b, n, d).
         """
+        from transformers.masking_utils import create_causal_mask  # noqa: PLC0415 - slow, and many only import this module
+
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             first, count = 0 if cache is None else cache.get_seq_length(), states.shape[1]
             if parents is None:
