@@ -50,6 +50,7 @@ class StubDevice:
 
     drafts: Sequence[Draft] = (Draft(),)
     device: torch.device = CPU
+    dtype: torch.dtype = torch.float64
     steps: int = 0  # calls, one token each and more
 
     def new_cache(self) -> DynamicCache:

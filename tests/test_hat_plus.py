@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from fl_edge.errors import ReplyError
+from fl_edge.hat.bytes import SCALE_BYTES, pack_rows, unpack_rows
 from fl_edge.hat.messages import Upload
-from tests.tiny_hat import draw_tokens
+from fl_edge.hat.monitor import DeviceMonitor
+from fl_edge.hat.payoff import Acceptance, Costs, Payoff, choose
+from fl_edge.hat.sampling import Sampler
+from fl_edge.hat.split import load_middle
+from fl_edge.hat.wire import read_upload, write_upload
+from fl_edge.seeding import derive_seed, torch_rng
+from tests.tiny_hat import CPU, draw_tokens
 from tests.tiny_hat_site import BASE, Site, serve
 
 PLUS = replace(BASE, adaptive=True)
@@ -47,3 +60,151 @@ def test_a_session_goes_on_in_a_fresh_process(site: Site) -> None:
         ((_, answer),) = cloud.step(0.0)
         upload = session.answer(answer)  # type: ignore[arg-type]
     assert heard == site.expected(prompt)
+
+
+# rows in bytes
+
+
+@given(seed=st.integers(0, 999), rows=st.integers(1, 5), scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]))
+@settings(max_examples=40, deadline=None)
+def test_packed_rows_are_near_and_each_for_itself(seed: int, rows: int, scale: float) -> None:
+    drawn = scale * torch.randn(rows, 16, generator=torch_rng(seed, "rows"))
+    packed = pack_rows(drawn)
+    assert packed.shape == (rows, 16 + SCALE_BYTES)
+    assert packed.nbytes == packed.numel()
+    back = unpack_rows(packed)
+    assert bool(((back - drawn).abs() <= drawn.abs().amax(1, keepdim=True) / 253).all())
+    assert torch.equal(torch.cat([pack_rows(row[None]) for row in drawn]), packed)
+    assert unpack_rows(drawn) is drawn
+
+
+def test_packed_rows_travel_and_other_bytes_do_not() -> None:
+    rows = pack_rows(torch.randn(3, 8, generator=torch_rng(0, "rows")))
+    plain, tensors = write_upload(Upload(1, 0, rows))
+    assert torch.equal(read_upload(plain, tensors).rows, rows)
+    with pytest.raises(ReplyError, match=r"packed rows of shape \(3, 4\)"):
+        unpack_rows(rows[:, :4])
+
+
+def rounded_text(site: Site, prompt: Tensor, count: int, sampler: Sampler) -> list[int]:
+    """What the model that rounds its hidden states at both cuts says, without caches."""
+    middle, text = load_middle(site.folder, 2, CPU), prompt.tolist()
+
+    def rounded(states: Tensor) -> Tensor:
+        return unpack_rows(pack_rows(states[0])).to(states)[None]
+
+    for _ in range(count):
+        states = rounded(site.device.embed_and_run(torch.tensor([text])))
+        text += sampler.choose(site.device.head(rounded(middle(states))[0, -1:]), [len(text)])
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_in_bytes_every_mode_has_the_text_of_the_model_that_rounds(site: Site, temperature: float) -> None:
+    base = replace(BASE, int8=True, temperature=temperature, new_tokens=16)
+    modes = [replace(base, guesses=0), replace(base, threshold=0.0, guesses=3), replace(base, adaptive=True)]
+    prompts = [draw_tokens(1, 9 + 4 * place, seed=place)[0] for place in range(len(modes))]
+    texts = [list[int]() for _ in prompts]
+    sessions = [site.session(config, text, 3) for config, text in zip(modes, texts, strict=True)]
+    serve(site.cloud(), sessions, prompts)
+    sampler = Sampler(temperature, 1.0, derive_seed(3, "hat", 5))
+    assert texts == [rounded_text(site, prompt, base.new_tokens, sampler) for prompt in prompts]
+    for session, prompt in zip(sessions, prompts, strict=True):
+        rows = len(prompt) + session.account.drafted + session.account.rounds - 1
+        assert session.account.up_bytes == rows * (32 + SCALE_BYTES)
+
+
+@pytest.mark.parametrize("width", [32, 33 + SCALE_BYTES])
+def test_the_cloud_refuses_packed_rows_of_another_width_and_without_a_scale(site: Site, width: int) -> None:
+    cloud, packed = site.cloud(), torch.zeros(2, width, dtype=torch.int8)
+    with pytest.raises(ReplyError, match=r"floats of shape \(n, 32\)"):
+        cloud.submit("a", Upload(0, 0, packed, verify=False), 0.0)
+    packed = torch.full((2, 32 + SCALE_BYTES), -1, dtype=torch.int8)  # a scale of NaN
+    with pytest.raises(ReplyError, match="not all finite"):
+        cloud.submit("a", Upload(0, 0, packed, verify=False), 0.0)
+
+
+# what pays
+
+
+@given(
+    chances=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=6),
+    step=st.floats(0.1, 3.0),
+    row=st.floats(0.0, 0.5),
+    fixed=st.floats(0.5, 9.0),
+)
+@settings(max_examples=80, deadline=None)
+def test_at_the_best_rate_a_chain_has_the_best_length(
+    chances: list[float], step: float, row: float, fixed: float
+) -> None:
+    """The length that is chosen token by token at the rate of the best length is a best length."""
+    chances = sorted(chances, reverse=True)  # chances fall along a chain faster still
+    held = [1.0]
+    for chance in chances:
+        held.append(held[-1] * chance)
+    rates = [sum(held[: more + 1]) / (fixed + more * step + (more + 1) * row) for more in range(len(held))]
+    best = max(rates)
+    length = 0
+    while length < len(chances) and held[length + 1] > best * (step + row):
+        length += 1
+    assert rates[length] == pytest.approx(best)
+
+
+def test_choices_on_plain_numbers() -> None:
+    free = Costs(step_s=0.0, leaves_s=0.0, row_s=0.0, rate=1.0, further=0.5)
+    assert choose(free, [0.5, 0.1], 2, begun=True) == "step"
+    dear = Costs(step_s=2.0, leaves_s=0.1, row_s=0.0, rate=1.0, further=0.5)
+    assert choose(dear, [0.5, 0.1], 2, begun=True) == "leaves"
+    assert choose(dear, [0.05], 2, begun=True) == "stop"
+    assert choose(dear, [1.0], 2, begun=False) == "leaves"  # the newest token itself must be run
+    assert choose(dear, [], 2, begun=True) == "stop"
+    assert choose(Costs(0.1, 0.05, 9.0, 1.0, 0.9), [0.9], 2, begun=True) == "stop"  # no row is worth its way
+
+
+@given(
+    leaves=st.lists(st.floats(0.001, 1.0), max_size=6),
+    costs=st.builds(
+        Costs, st.floats(0.0, 2.0), st.floats(0.0, 2.0), st.floats(0.0, 0.3), st.floats(0.1, 5.0), st.floats(0.0, 1.0)
+    ),
+    width=st.integers(1, 4),
+    more=st.floats(1.0, 10.0),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_dearer_time_is_the_less_is_drafted(leaves: list[float], costs: Costs, width: int, more: float) -> None:
+    ordered, rank = sorted(leaves, reverse=True), {"stop": 0, "leaves": 1, "step": 2}
+    before = choose(costs, ordered, width, begun=True)
+    assert rank[choose(replace(costs, step_s=more * costs.step_s), ordered, width, begun=True)] <= rank[before]
+    worth = sum(map(costs.pays, ordered))
+    assert sum(map(replace(costs, row_s=more * costs.row_s).pays, ordered)) <= worth
+
+
+def test_shares_of_accepted_drafts_take_the_place_of_the_adapters_word() -> None:
+    acceptance = Acceptance()
+    assert acceptance.chance(0.3) == 0.3
+    for _ in range(400):
+        acceptance.observe(0.3, True)
+    assert acceptance.chance(0.3) > 0.95
+    assert acceptance.chance(0.9) == 0.9
+
+
+def test_what_is_measured_makes_costs_and_survives_a_process() -> None:
+    payoff = Payoff(DeviceMonitor(up=1000.0), row_bytes=10.0)
+    payoff.stepped(0.3)
+    payoff.leaved(0.2)
+    payoff.likeliest(0.6)
+    payoff.answered(4, 1.08)
+    payoff.rounded(2, 4.0)
+    assert payoff.costs == Costs(0.3, 0.2, 0.02, 0.5, 0.6)  # the way back counts as the way there
+    assert payoff.answer_s(4) == pytest.approx(1.08)
+    payoff.acceptance.observe(0.5, True)
+    back = Payoff.from_record(json.loads(json.dumps(payoff.to_record())), payoff.monitor)
+    back.row_bytes = 10.0
+    assert back == payoff
+
+
+def test_steps_ahead_fill_the_wait_and_are_late_only_for_a_likely_gain() -> None:
+    payoff = Payoff(DeviceMonitor(), step_s=1.0, fixed_s=2.5)
+    assert payoff.goes_ahead([0.2], 3, waited_s=1.0)
+    assert not payoff.goes_ahead([0.2], 3, waited_s=2.0)  # half a second late
+    assert payoff.goes_ahead([0.4, 0.3], 3, waited_s=2.0)
+    assert not payoff.goes_ahead([0.01], 3, waited_s=0.0)

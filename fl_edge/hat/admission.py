@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fl_edge.errors import ReplyError
 from fl_edge.hat.attention import Span
+from fl_edge.hat.bytes import unpack_rows
 from fl_edge.hat.messages import Upload
 
 
@@ -18,14 +19,14 @@ def is_prompt(upload: Upload) -> bool:
 
 
 def checked_rows(upload: Upload, width: int, dtype: torch.dtype) -> Tensor:
-    """Return an upload's rows (n, d) on the CPU in another type.
+    """Return an upload's rows (n, d), unpacked, on the CPU in another type.
 
     Raises
     ------
     ReplyError
-        No rows, rows of another width, of integers, or that are not finite in that type.
+        No rows, rows of another width, of integers that are not packed, or that are not finite in that type.
     """
-    rows, name = upload.rows, f"request {upload.request}"
+    rows, name = unpack_rows(upload.rows), f"request {upload.request}"
     if rows.ndim != 2 or not len(rows) or rows.shape[1] != width or not rows.is_floating_point():
         sent = f"rows of shape {tuple(rows.shape)} and type {str(rows.dtype).removeprefix('torch.')}"
         raise ReplyError(f"{name}: {sent}; floats of shape (n, {width}) with n at least 1 were due")

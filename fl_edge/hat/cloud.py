@@ -16,6 +16,7 @@ from torch import Tensor
 from fl_edge.errors import ReplyError
 from fl_edge.hat.admission import check_place, checked_rows, is_prompt, moved
 from fl_edge.hat.attention import Span
+from fl_edge.hat.bytes import pack_rows
 from fl_edge.hat.messages import Answer, Upload
 from fl_edge.hat.middle import Item, Middle
 from fl_edge.hat.scheduling import Limits, Waiting, next_batch
@@ -61,10 +62,11 @@ class _Queued:
         return Item(span, self.rows[self.done : self.done + count])
 
     def wanted(self, rows: Tensor) -> Tensor:
-        """Of the rows of the last batch that the upload was in."""
+        """Of the rows of the last batch that the upload was in; packed if the upload was."""
         if not self.upload.last:
             return rows[:0]
-        return rows if self.upload.verify else rows[-1:]
+        rows = rows if self.upload.verify else rows[-1:]
+        return pack_rows(rows) if self.upload.rows.dtype == torch.int8 else rows
 
 
 class Cloud:

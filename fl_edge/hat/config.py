@@ -31,11 +31,13 @@ class HatConfig:
 
     tree_rows: int = setting(8, "rows of a draft tree of Medusa's heads, with the newest token's own", low=1, high=64)
 
-    # HAT+, which is ours: the threshold, the cap and the guesses above mean nothing then
+    # HAT+, which is ours
     adaptive: bool = setting(
-        False, "drafts are trees that grow as long as they pay by what was measured, also during verification"
-    )
+        False, "drafts are trees that grow as long as they pay by what was measured, also during verification; "
+        "threshold, max_drafts and guesses mean nothing then"
+    )  # fmt: skip
     draft_width: int = setting(4, "tokens of such a tree that are drafted side by side; 1: chains", low=1, high=16)
+    int8: bool = setting(False, "hidden states travel as bytes; the text is then that of a model that rounds them")
 
     # the prompt
     chunking: str = setting(

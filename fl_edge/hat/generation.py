@@ -169,6 +169,7 @@ class Generation:
         pending, count = self.pending, len(self.pending)
         if len(rows) != count or not bool(torch.isfinite(rows).all()):
             raise ReplyError(f"the cloud answered {len(rows)} rows of hidden states; {count} finite ones were due")
+        rows = rows.to(self._model.device, self._model.dtype)
         parents = self.parents or range(-1, count - 1)
         start = len(self.prompt) + len(self.text)
         chosen = self._sampler.choose(self._model.head(rows), [start + depth for depth in depths(parents)])

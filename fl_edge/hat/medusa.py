@@ -155,7 +155,7 @@ class MedusaTrees:
         assert self._last is not None, "nothing was answered yet"
         keep_rows(self._cache, base - len(self._held), self._held)
         tree = self._tree.cut(most)
-        logits = self._heads(self._model.norm(self._last.to(self._model.device)))[:, 0]
+        logits = self._heads(self._model.norm(self._last))[:, 0]
         places = range(base + 1, base + 1 + len(self._heads))
         found = self._sampler.scores(logits, places).topk(self._heads.accuracies.shape[1]).indices.tolist()
         drafts = zip(tree.depths[1:], tree.ranks[1:], strict=True)

@@ -22,7 +22,7 @@ class Upload:
     base
         Rows of the request that come before these and still hold; the cloud forgets all others.
     rows
-        (n, d).
+        (n, d) of floats, or packed (:mod:`fl_edge.hat.bytes`): then the answer's are, too.
     last
         False for all chunks of a prompt but the last: nothing is answered but that they are done.
     verify

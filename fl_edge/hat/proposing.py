@@ -50,6 +50,10 @@ class DevicePart(Protocol):
     def device(self) -> torch.device:
         """Where it computes."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+
 
 class Proposer(Protocol):
     """Keeps a generation's text as caches of the device's part, and drafts what comes next.

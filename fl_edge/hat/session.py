@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from threading import Event
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fl_edge.errors import ReplyError
 from fl_edge.hat.account import Account
+from fl_edge.hat.bytes import pack_rows, unpack_rows
 from fl_edge.hat.chains import Chains
 from fl_edge.hat.config import HatConfig
 from fl_edge.hat.drafting import Adapted
@@ -130,7 +131,7 @@ class DeviceSession:
         self._measure(answer, came - self._sent_at - answer.wait_s - answer.batch_s)
         if account.rounds:
             self._payoff.answered(len(answer.rows), came - self._sent_at)
-        found = generation.take_in(answer.rows)
+        found = generation.take_in(unpack_rows(answer.rows))
         account.tokens += len(found.tokens)
         account.rounds += 1
         account.drafted += found.drafted
@@ -206,6 +207,8 @@ class DeviceSession:
         return self._generation
 
     def _leaves(self, upload: Upload) -> Upload:
+        if self._config.int8:
+            upload = replace(upload, rows=pack_rows(upload.rows))
         self._sent_bytes, self._sent_at = upload.rows.nbytes, self._clock()
         self._pace.row_bytes = self._payoff.row_bytes = self._sent_bytes / len(upload.rows)
         self.account.up_bytes += self._sent_bytes

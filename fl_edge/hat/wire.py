@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fl_edge.errors import ReplyError
@@ -100,6 +101,10 @@ def _numbers(plain: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 def _rows(tensors: Mapping[str, Tensor]) -> Tensor:
     rows = tensors.get(ROWS)
-    if rows is None or tensors.keys() != {ROWS} or rows.ndim != 2 or not rows.is_floating_point():
+    if rows is None or tensors.keys() != {ROWS} or rows.ndim != 2 or not _numeric(rows):
         raise ReplyError("a message of HAT carries one tensor, rows of hidden states (n, d)")
     return rows
+
+
+def _numeric(rows: Tensor) -> bool:
+    return rows.is_floating_point() or rows.dtype == torch.int8
