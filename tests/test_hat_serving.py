@@ -543,29 +543,30 @@ def keys(tmp_path: Path) -> Path:
     return tmp_path / "keys"
 
 
-def test_two_processes_with_tls_and_a_token(model: Model, keys: Path) -> None:
+def test_two_processes_with_tls_and_a_token(
+    model: Model, keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two devices, to be quick one of them in this process: one has no more prompts, the other gets Ctrl-C."""
     chat_with = ["chat", "--model", model.folder, "--shallow", 2, "--keys", keys, "--new-tokens", NEW, "--server"]
     with Process("serve", model.folder, "--shallow", 2, "--listen", "localhost:0", "--keys", keys) as server:
         eventually(lambda: b"Ctrl-C ends" in server.told)
-        port = server.told.decode().split("localhost:")[1].split(",")[0]
-        place = f"localhost:{port}"
-        with Process(*chat_with, place, "--name", "one", "--adapter", model.adapter_file) as one:
-            with Process(*chat_with, place, "--name", "two") as two:
-                one.type("wann\n")
-                eventually(lambda: b"TTFT" in one.told)
-                two.type("def wetter\n")
-                eventually(lambda: b"TTFT" in two.told)
-                two.child.send_signal(signal.SIGINT)
-                assert two.end()[:2] == (130, lines_of(model.answer("def wetter")))
-            one.type("return")
-            code, shown, told = one.end()
-            assert (code, shown) == (0, lines_of(model.answer("wann"), model.answer("return")))
-            assert told.count("\n") == 2
-        eventually(lambda: b"one has left" in server.told)
+        chat_with.append(f"localhost:{server.told.decode().split('localhost:')[1].split(',')[0]}")
+        with Process(*chat_with, "--name", "one", "--adapter", model.adapter_file) as one:
+            capsys.readouterr()
+            monkeypatch.setattr(sys, "stdin", io.StringIO("def wetter\nreturn"))
+            assert main([*map(str, chat_with), "--name", "two"]) == 0
+            shown, told = capsys.readouterr()
+            assert shown == lines_of(model.answer("def wetter"), model.answer("return"))
+            assert told.count("TTFT") == told.count("\n") == 2
+            one.type("wann\n")
+            eventually(lambda: b"TTFT" in one.told)
+            one.child.send_signal(signal.SIGINT)
+            assert one.end()[:2] == (130, lines_of(model.answer("wann")))
+        eventually(lambda: b"one is out" in server.told)
         server.child.send_signal(signal.SIGINT)
         code, shown, told = server.end()
         assert (code, shown) == (0, "")
-        for line in ("one is here", "two is here", "two is out: ", "one has left", "stopped"):
+        for line in ("one is here", "two is here", "two has left", "one is out: ", "stopped"):
             assert line in told
         assert told.count("TTFT") == 3
         assert not [word for word in ("wann", "wetter", "return", "Traceback", "Warning") if word in told]
