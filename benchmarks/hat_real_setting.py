@@ -59,7 +59,7 @@ class Method:
 
 
 _PLAIN = {"chunking": "none", "max_drafts": 0, "guesses": 0}
-HAT, HAT_PLUS, U_SHAPE = "HAT", "HAT+", "U-shape"
+HAT, HAT_PLUS, BYTES, U_SHAPE = "HAT", "HAT+", "HAT+, bytes", "U-shape"
 SARATHI = {
     f"U-Sarathi, {tokens} rows" + (f", {chunk} a prompt" if chunk else ""): Limits(tokens, chunk)
     for tokens, chunk in ((512, 0), (512, 256), (256, 0))
@@ -68,6 +68,7 @@ MEDUSA = {f"U-Medusa, trees of {rows}": rows for rows in (5, 9, 16)}
 METHODS = {
     HAT: Method("adapter", Limits(BUDGET), {}),
     HAT_PLUS: Method("adapter", Limits(BUDGET), {"adaptive": True}),
+    BYTES: Method("adapter", Limits(BUDGET), {"adaptive": True, "int8": True}),
     U_SHAPE: Method("", Limits(), _PLAIN),
     **{name: Method("", limits, _PLAIN) for name, limits in SARATHI.items()},
     **{
