@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from fl_edge.checkpoints import load_checkpoint
 from simulations.deployment import free_ports
 from simulations.launch import APP, stop_superlink, superlink_family
-from tests import comp_scenario, fedspine_scenario
+from tests import comp_scenario, fedspine_scenario, hat_scenario
 from tests.scenarios import SMALL, THREADS, locally
 from tests.tiny import same_bits
 
@@ -93,6 +93,24 @@ def test_comp_together_ends_with_the_bits_of_a_local_grid(
         for row in report.devices:
             (own,) = (tmp_path / "cache" / "comp" / row.device).glob(f"*/{file.name}")
             assert same_bits(load_file(own), kept)
+
+
+def test_hat_trains_the_adapter_and_writes_the_texts_of_a_local_grid(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = hat_scenario.make_files(tmp_path / "files")
+    status, output = launcher.run(name="ray", **{**dict.fromkeys(SMALL), **settings})
+    assert status == 0, output
+    assert "adapter   2/2" in output
+    assert "request   4/4" in output
+    assert "What devices generated" in output
+    monkeypatch.setenv("FL_EDGE_CACHE", str(tmp_path / "cache of the grid"))
+    hat_scenario.locally(tmp_path, settings)
+    found, local = (load_file(tmp_path / name / "adapter.safetensors") for name in ("runs/ray", "local"))
+    assert same_bits(found, local)
+    written = hat_scenario.texts(tmp_path / "cache")
+    assert len(written) == hat_scenario.DEVICES * hat_scenario.PROMPTS
+    assert written == hat_scenario.texts(tmp_path / "cache of the grid")
 
 
 def test_mergesfl_killed_at_work_resumes_to_the_bits_of_a_local_grid(launcher: Launcher, tmp_path: Path) -> None:

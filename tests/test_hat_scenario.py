@@ -14,30 +14,12 @@ from safetensors.torch import load_file
 from fl_edge.clients.hat.answers import AnswerFiles
 from fl_edge.data.prompts import PromptConfig, device_prompts
 from fl_edge.errors import ConfigError, DataError
-from fl_edge.hat.account import HatReport
 from fl_edge.link.local import LocalGrid
 from simulations.client_app import app
 from simulations.hat import run_hat
 from simulations.scenario import HatScenario, read_scenario
-from tests.comp_scenario import make_files
+from tests.hat_scenario import DEVICES, NEW, PROMPTS, locally, make_files, texts
 from tests.tiny import same_bits
-
-DEVICES, PROMPTS, NEW = 2, 2, 6
-_OWN = {
-    "simulation": "hat",
-    "devices": DEVICES,
-    "data.length": 32,
-    "data.sequences": 4,
-    "cloud.capacity": 64,
-    "cloud.cache_tokens": 1024,
-    "training.rounds": 2,
-    "training.steps": 2,
-    "hat.new_tokens": NEW,
-    "hat.threshold": 0.0,
-    "prompts.count": PROMPTS,
-    "prompts.shortest": 8,
-    "prompts.longest": 20,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -47,25 +29,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    files = make_files(tmp_path_factory.mktemp("files"))
-    return _OWN | {name: files[name] for name in ("model.name", "data.source")}
-
-
-def run(folder: Path, settings: dict[str, Any], name: str = "local", run_id: int = 1, **overrides: Any) -> HatReport:
-    config = {**settings, "runs": str(folder), "name": name, **overrides}
-    scenario = read_scenario(config)
-    assert isinstance(scenario, HatScenario)
-    return run_hat(LocalGrid(app, DEVICES, run_config=config, run_id=run_id), scenario)
-
-
-def texts(cache: Path) -> dict[str, str]:
-    return {f"{file.parent.name}/{file.name}": file.read_text() for file in cache.glob("hat/*/*/*.txt")}
+    return make_files(tmp_path_factory.mktemp("files"))
 
 
 def test_a_run_leaves_records_pictures_an_adapter_and_texts_on_the_devices(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = run(tmp_path, settings)
+    report = locally(tmp_path, settings)
     folder, printed = tmp_path / "local", capsys.readouterr().out
     assert {file.name for file in folder.iterdir()} >= {
         *("config.yaml", "rounds.jsonl", "result.json", "adapter.png", "requests.png", "adapter.safetensors"),
@@ -79,15 +49,15 @@ def test_a_run_leaves_records_pictures_an_adapter_and_texts_on_the_devices(
     assert len(texts(tmp_path / "cache")) == DEVICES * PROMPTS
     assert sum(account.drafted for accounts in report.accounts.values() for account in accounts) > 0
     before = texts(tmp_path / "cache")
-    run(tmp_path, settings | {"training.rounds": 0, "adapter": str(folder / "adapter.safetensors")}, "again", 2)
+    locally(tmp_path, settings | {"training.rounds": 0, "adapter": str(folder / "adapter.safetensors")}, "again", 2)
     assert texts(tmp_path / "cache") == before  # whatever was drafted
-    plain = run(tmp_path, settings | {"training.rounds": 0}, "plain", 3)
+    plain = locally(tmp_path, settings | {"training.rounds": 0}, "plain", 3)
     assert plain.summary()["accept_length"] == 1.0
     assert texts(tmp_path / "cache") == before
 
 
 def test_texts_are_those_of_the_whole_model(settings: dict[str, Any], tmp_path: Path) -> None:
-    run(tmp_path, settings | {"training.rounds": 0})
+    locally(tmp_path, settings | {"training.rounds": 0})
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(settings["model.name"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model.name"])
     found = list((tmp_path / "cache" / "hat").glob("*/*/*.tokens"))
@@ -103,7 +73,7 @@ def test_texts_are_those_of_the_whole_model(settings: dict[str, Any], tmp_path: 
 def test_a_run_that_was_killed_in_training_goes_on(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path, settings, "whole")
+    locally(tmp_path, settings, "whole")
 
     def kill(line: str) -> None:
         if line.startswith("adapter   2/2"):
@@ -112,7 +82,7 @@ def test_a_run_that_was_killed_in_training_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("simulations.hat.say", kill)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, settings, "killed")
+            locally(tmp_path, settings, "killed")
     folder = tmp_path / "killed"
     scenario = read_scenario({"resume": str(folder)})
     assert isinstance(scenario, HatScenario)
@@ -134,7 +104,7 @@ def test_a_run_that_was_killed_in_training_goes_on(
 )
 def test_mistakes_are_one_line(change: dict[str, Any], line: str, settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises((ConfigError, DataError), match=rf"^[^\n]*{line}[^\n]*$"):
-        run(tmp_path, settings | change)
+        locally(tmp_path, settings | change)
     assert not (tmp_path / "local").exists()
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fl_edge.checkpoints import load_checkpoint
 from simulations.deployment import Deployment, Run
 from simulations.launch import APP
-from tests import fedspine_scenario
+from tests import fedspine_scenario, hat_scenario
 from tests.scenarios import SMALL, THREADS, locally
 from tests.tiny import same_bits
 
@@ -107,6 +107,24 @@ def fedspine_ends_with_the_bits_of_a_local_grid(deployment: Deployment, folder: 
     assert same_bits(kept.weights, local["weights"])
     assert kept.record == local["record"]
     assert not (deployment.folder / "cache" / "pruned").exists()  # models stayed in memory
+
+
+def test_hat_generates_the_texts_of_a_local_grid_and_keeps_nothing(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**hat_scenario.make_files(tmp_path / "files"), "devices": NODES}
+    outcome = deployment.run(APP, {**settings, "runs": str(tmp_path), "name": "deployed"})
+    assert outcome.status == "finished:completed", outcome.log
+    assert "clients stay connected" in outcome.log
+    assert f"{NODES * hat_scenario.PROMPTS}/{NODES * hat_scenario.PROMPTS}" in outcome.log
+    assert not list((deployment.folder / "cache").rglob("*-lessons"))  # rows and adapter stayed in memory
+    written = hat_scenario.texts(deployment.folder / "cache")
+    monkeypatch.setenv("FL_EDGE_CACHE", str(tmp_path / "cache of the grid"))
+    hat_scenario.locally(tmp_path, settings)
+    found, local = (load_file(tmp_path / name / "adapter.safetensors") for name in ("deployed", "local"))
+    assert same_bits(found, local)
+    assert len(written) == NODES * hat_scenario.PROMPTS
+    assert written == hat_scenario.texts(tmp_path / "cache of the grid")
 
 
 def test_a_stock_app_runs_and_stays_with_two_changed_lines(deployment: Deployment, tmp_path: Path) -> None:
