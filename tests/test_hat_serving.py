@@ -453,6 +453,9 @@ def test_keys_are_made_once_and_for_their_owner(tmp_path: Path, capsys: pytest.C
     assert len((folder / "token").read_text().strip()) == 64
     assert main(["keys", str(folder)]) == 1
     assert "is there already" in capsys.readouterr().err
+    for wrong in (["--host", "größe"], ["--days", "9999999"]):
+        assert main(["keys", str(tmp_path / "no keys"), *wrong]) == 1
+        assert "no certificate can have --host" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,9 @@ def _keys(args: argparse.Namespace) -> None:
         write_secret(token, f"{secrets.token_hex(32)}\n".encode())
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written to: {error.strerror}") from None
+    except (ValueError, OverflowError) as error:
+        asked = f"--host {', '.join(args.host)} --days {args.days}"
+        raise ConfigError(f"no certificate can have {asked}: {error}") from None
     sys.stderr.write(f"{folder}: good for {args.days} days; devices need {AUTHORITY} and {TOKEN}, and nothing else\n")
 
 
@@ -220,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     keys.add_argument("folder", type=Path, help="to write them into")
     keys.add_argument("--host", action="append", default=[], help="name or IP address of the server; may be repeated")
-    keys.add_argument("--days", type=_count, default=365, help="that the certificate is good for (365)")
+    keys.add_argument("--days", type=_some, default=365, help="that the certificate is good for (365)")
     keys.set_defaults(run=_keys, level=logging.WARNING)
 
     serve = commands.add_parser("serve", help="serve a model", description="Serve the middle layers of a model.")
