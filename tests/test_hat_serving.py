@@ -2,93 +2,38 @@
 
 from __future__ import annotations
 
-import io
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import grpc
 import pytest
-import tokenizers
 import torch
-import transformers
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl_edge.clients.hat import HatClient, HatWorkload, chat
-from fl_edge.clients.hat.__main__ import KEYS, main
-from fl_edge.clients.hat.chat import ANEW, Chat, Door, NoServerError
-from fl_edge.clients.hat.typed import Conversation, Unfolding, load_tokenizer
+from fl_edge.clients.hat import HatClient, chat
+from fl_edge.clients.hat.__main__ import main
+from fl_edge.clients.hat.chat import ANEW, Door, NoServerError
 from fl_edge.errors import ConfigError
-from fl_edge.hat.adapter import new_adapter, save_adapter
-from fl_edge.hat.config import CloudConfig, HatConfig
 from fl_edge.hat.split import load_device
 from fl_edge.link.content import config_of, tensors_of
 from fl_edge.link.resident.client import LinkClient
 from fl_edge.link.resident.clientapp import reply_to
 from fl_edge.link.resident.codec import decode
-from fl_edge.link.resident.config import OPEN, TLS, LinkConfig
+from fl_edge.link.resident.config import TLS
 from fl_edge.link.resident.frames import Buffer
 from fl_edge.link.resident.invitation import own_invitation
 from fl_edge.link.resident.open import OpenGrid
-from fl_edge.models.vocabulary import decoder_tokenizer
-from fl_edge.seeding import torch_rng
 from fl_edge.strategies import hat as strategy
-from fl_edge.strategies.hat import Hat
 from tests.link_site import ACKNOWLEDGEMENT, Proxy, Raw, credentials, eventually
-from tests.tiny_hat import CPU, load_whole, save_model
+from tests.served_hat import CLOUD, LINK, TEXT, TOKEN, Model, Served, Shown, converse, lines_of
+from tests.tiny_hat import CPU
 
 pytestmark = pytest.mark.usefixtures("in_time", "impatient")
-
-NEW, TOKEN = 12, b"a token of tests, long enough"
-TEXT = "def schönes_wetter(wann):\n    return '☀️ 🙂 日本'\n"
-CLOUD = CloudConfig(capacity=128, cache_tokens=128 * 4, batch_tokens=16)
-LINK = LinkConfig(grace_s=1.0, max_message_mib=OPEN.max_message_mib)
-
-
-class Model:
-    """A model on disk with a tokenizer and an adapter, and what the unsplit one says."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer: Any = decoder_tokenizer([TEXT], 280)
-        self.folder = save_model(folder / "model", vocab_size=len(self.tokenizer))
-        self.tokenizer.save_pretrained(self.folder)
-        self.whole: Any = load_whole(self.folder)
-        self.device = load_device(self.folder, 2, CPU)
-        self.adapter = new_adapter(self.device, torch_rng(0, "adapter")).double()
-        self.adapter_file = folder / "adapter.safetensors"
-        save_adapter(self.adapter, self.device, self.adapter_file)
-
-    def answer(self, prompt: str, new_tokens: int = NEW) -> str:
-        tokens = torch.tensor([self.tokenizer(prompt)["input_ids"]])
-        stop = self.tokenizer.eos_token_id
-        found = self.whole.generate(
-            tokens, max_new_tokens=new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop
-        )
-        pieces: list[str] = []
-        unfolding = Unfolding(self.tokenizer, pieces.append)
-        unfolding.add(found[0, tokens.shape[1] :].tolist())
-        unfolding.end()
-        return unfolding.text
-
-    def work(self, **changes: Any) -> HatWorkload:
-        made = HatWorkload(
-            device="desk",
-            model=self.device,
-            adapter=self.adapter,
-            prompt=lambda _: None,
-            hear=lambda *_: None,
-            config=HatConfig(new_tokens=NEW, threshold=0.0, shortest_chunk=4, longest_chunk=8),
-            stops=(self.tokenizer.eos_token_id,),
-        )
-        return replace(made, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -100,122 +45,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategy, "_LOOK_S", 0.02)
     monkeypatch.setattr(chat, "_AGAIN_S", 0.05)
-
-
-class Served:
-    """A server in a thread of this process."""
-
-    def __init__(
-        self, model: Model, cloud: CloudConfig = CLOUD, port: int = 0, tls: TLS | None = None, shallow: int = 2
-    ) -> None:
-        self.grid = OpenGrid(f"127.0.0.1:{port}", tls, TOKEN, LINK)
-        self.hat = Hat(model.folder, shallow, cloud, min_devices=0, observers=[lambda *_: None])
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self.hat.start, args=(self.grid, None), kwargs={"until": self._stop.is_set}
-        )
-        self._thread.start()
-
-    def door(self, **changes: Any) -> Door:
-        return replace(Door("127.0.0.1", self.grid.port, TOKEN, b""), **changes)
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.grid.close("the server was stopped")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Shown(io.StringIO):
-    """What is shown, and something to do when it is."""
-
-    def __init__(self, then: Callable[[], None] | None = None) -> None:
-        super().__init__()
-        self._then = then
-
-    def write(self, text: str) -> int:
-        then, self._then = self._then, None
-        if then:
-            then()
-        return super().write(text)
-
-
-def converse(
-    own: Model, door: Door, typed: Sequence[str | Callable[[], str]], shown: Shown | None = None, **changes: Any
-) -> tuple[str, list[str]]:
-    """Chat; a callable is called when it would be typed. Returns what was shown, and what else was said."""
-    lines, shown, told = iter(typed), shown or Shown(), io.StringIO()
-
-    def read() -> str | None:
-        line = next(lines, None)
-        return line() if callable(line) else line
-
-    Chat(door, own.work(**changes), own.tokenizer, read, shown, told, LINK, patience_s=5.0).run()
-    return shown.getvalue(), told.getvalue().splitlines()
-
-
-def lines_of(*answers: str) -> str:
-    return "".join(answer if answer.endswith("\n") or not answer else f"{answer}\n" for answer in answers)
-
-
-# --- text at a terminal ---
-
-
-def metaspace() -> Any:
-    words = {"▁Hello": 0, "▁world": 1, "s": 2, "[UNK]": 3}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    made.decoder = tokenizers.decoders.Metaspace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made)  # type: ignore[no-untyped-call]
-
-
-def test_no_part_of_a_character_is_shown(model: Model) -> None:
-    tokens = model.tokenizer(TEXT + "Ωmega 🦜")["input_ids"]
-    pieces: list[str] = []
-    unfolding = Unfolding(model.tokenizer, pieces.append)
-    for token in tokens:
-        unfolding.add([token])
-    assert "".join(pieces) == unfolding.text == TEXT + "Ωmega 🦜"
-    assert len(pieces) > 30
-    cut: list[str] = []
-    unfolding = Unfolding(model.tokenizer, cut.append)
-    unfolding.add(tokens[:-1])
-    unfolding.end()
-    assert "".join(cut) == TEXT + "Ωmega "
-
-
-def test_words_keep_the_spaces_between_them() -> None:
-    pieces: list[str] = []
-    unfolding = Unfolding(metaspace(), pieces.append)
-    for token in (0, 1, 2, 1):
-        unfolding.add([token])
-    assert pieces == ["Hello", " world", "s", " world"]
-
-
-def test_nothing_steers_the_terminal(model: Model) -> None:
-    unfolding = Unfolding(model.tokenizer, lambda _: None)
-    unfolding.add(model.tokenizer("a\x1b[31mb\x07\r\n\tc")["input_ids"])
-    assert unfolding.text == "a[31mb\n\tc"
-
-
-def test_a_conversation_is_the_prompt_where_there_is_a_template(model: Model) -> None:
-    tokenizer = load_tokenizer(model.folder)
-    plain = Conversation(tokenizer)
-    plain.answered("before", "that")
-    assert tokenizer.decode(plain.prompt("now")) == "now"
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
-    told = Conversation(tokenizer)
-    told.answered("before", "that")
-    assert tokenizer.decode(told.prompt("now")) == "u:before;a:that;u:now;a:"
-    told.forget()
-    assert tokenizer.decode(told.prompt("now")) == "u:now;a:"
-
-
-# --- chats ---
 
 
 def test_a_chat_has_the_whole_models_text_and_says_nothing_of_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,137 +269,3 @@ def test_other_machines_need_token_and_certificate(certificates: TLS) -> None:
     for host in ("127.0.0.1", "localhost"):
         OpenGrid(f"{host}:0").close()
     OpenGrid("0.0.0.0:0", certificates, TOKEN).close()
-
-
-# --- the command line ---
-
-
-def test_keys_are_made_once_and_for_their_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "keys"
-    assert main(["keys", str(folder), "--host", "jetson", "--host", "10.0.0.7"]) == 0
-    assert {file.name for file in folder.iterdir()} == set(KEYS)
-    assert [(folder / name).stat().st_mode & 0o077 for name in ("server.key", "token")] == [0, 0]
-    assert len((folder / "token").read_text().strip()) == 64
-    assert main(["keys", str(folder)]) == 1
-    assert "is there already" in capsys.readouterr().err
-    for wrong in (["--host", "größe"], ["--days", "9999999"]):
-        assert main(["keys", str(tmp_path / "no keys"), *wrong]) == 1
-        assert "no certificate can have --host" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["--listen", "0.0.0.0"], "0.0.0.0:9095 can be reached from other machines; that needs a token and a cert"),
-        (["--listen", "localhost:x"], "localhost:x is not allowed; it must be host or host:port"),
-        (
-            ["--listen", "127.0.0.1:0", "--token-file", "{}/short"],
-            "short has a token of 5 bytes; it must be at least 16",
-        ),
-        (["--token-file", "{}/none"], "none cannot be read: No such file"),
-        (["--certificate", "{}/short"], "--certificate and --key are needed both"),
-        (["--certificate", "{}/short", "--key", "{}/short"], "short is not a PEM file"),
-        (["--batch-tokens", "few"], "batch_tokens=few"),
-        (["--set", "lease_s"], "--set lease_s is not allowed; it must be key=value"),
-        (["--listen", "127.0.0.1:{port}"], "cannot listen on 127.0.0.1:{port}: Address already in use"),
-        (["--listen", "127.0.0.1:0"], "is not the folder of a model"),
-    ],
-)
-def test_what_cannot_be_served_is_one_line(
-    arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "short").write_text("abcde\n")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        filled = [each.format(tmp_path, port=port) for each in arguments]
-        model = tmp_path / "no-model" if arguments == ["--listen", "127.0.0.1:0"] else tmp_path
-        assert main(["serve", str(model), *filled]) == 1
-    said = capsys.readouterr().err
-    assert line.format(port=port) in said
-    assert said.count("\n") == 1
-
-
-class Process:
-    """The command line in a process of its own."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.child = subprocess.Popen(
-            [sys.executable, "-u", "-m", "fl_edge.clients.hat", *map(str, arguments)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert self.child.stdout
-        assert self.child.stderr
-        self.shown, self.told = bytearray(), bytearray()
-        self._threads = [
-            threading.Thread(target=self._follow, args=pair)
-            for pair in ((self.child.stdout, self.shown), (self.child.stderr, self.told))
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    @staticmethod
-    def _follow(stream: Any, into: bytearray) -> None:
-        while data := os.read(stream.fileno(), 65_536):
-            into += data
-
-    def type(self, text: str) -> None:
-        assert self.child.stdin
-        self.child.stdin.write(text.encode())
-        self.child.stdin.flush()
-
-    def end(self) -> tuple[int, str, str]:
-        """Wait for the end; return exit code, what was shown, and what else was said."""
-        assert self.child.stdin
-        self.child.stdin.close()
-        code = self.child.wait(60)
-        for thread in self._threads:
-            thread.join()
-        for stream in (self.child.stdout, self.child.stderr):
-            assert stream
-            stream.close()
-        return code, self.shown.decode(), self.told.decode()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.child.poll() is None:
-            self.child.kill()
-            self.end()
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Path:
-    assert main(["keys", str(tmp_path / "keys")]) == 0
-    return tmp_path / "keys"
-
-
-def test_two_processes_with_tls_and_a_token(
-    model: Model, keys: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two devices, to be quick one of them in this process: one has no more prompts, the other gets Ctrl-C."""
-    chat_with = ["chat", "--model", model.folder, "--shallow", 2, "--keys", keys, "--new-tokens", NEW, "--server"]
-    with Process("serve", model.folder, "--shallow", 2, "--listen", "localhost:0", "--keys", keys) as server:
-        eventually(lambda: b"Ctrl-C ends" in server.told)
-        chat_with.append(f"localhost:{server.told.decode().split('localhost:')[1].split(',')[0]}")
-        with Process(*chat_with, "--name", "one", "--adapter", model.adapter_file) as one:
-            capsys.readouterr()
-            monkeypatch.setattr(sys, "stdin", io.StringIO("def wetter\nreturn"))
-            assert main([*map(str, chat_with), "--name", "two"]) == 0
-            shown, told = capsys.readouterr()
-            assert shown == lines_of(model.answer("def wetter"), model.answer("return"))
-            assert told.count("TTFT") == told.count("\n") == 2
-            one.type("wann\n")
-            eventually(lambda: b"TTFT" in one.told)
-            one.child.send_signal(signal.SIGINT)
-            assert one.end()[:2] == (130, lines_of(model.answer("wann")))
-        eventually(lambda: b"one is out" in server.told)
-        server.child.send_signal(signal.SIGINT)
-        code, shown, told = server.end()
-        assert (code, shown) == (0, "")
-        for line in ("one is here", "two is here", "two has left", "one is out: ", "stopped"):
-            assert line in told
-        assert told.count("TTFT") == 3
-        assert not [word for word in ("wann", "wetter", "return", "Traceback", "Warning") if word in told]
-        assert (keys / "token").read_text().strip() not in told
