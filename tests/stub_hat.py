@@ -61,10 +61,12 @@ class StubDevice:
         before, count = cache.get_seq_length(), tokens.shape[1]
         kept = tokens[:, None, :, None].double()
         cache.update(kept, kept, 0)
-        own = lines(range(-1, count - 1) if parents is None else parents)
+        tree = range(-1, count - 1) if parents is None else parents
+        before -= len(tree) - count
         rows = []
         for sequence in cache.layers[0].keys[:, 0, :, 0].long().tolist():  # type: ignore[index,union-attr]
-            texts = [sequence[:before] + [sequence[before + at] for at in range(count) if line[at]] for line in own]
+            own = [[at for at, there in enumerate(line) if there] for line in lines(tree)[-count:]]
+            texts = [sequence[:before] + [sequence[before + at] for at in line] for line in own]
             rows.append([[float(following(text)), float(len(text))] for text in texts])
         return torch.tensor(rows, dtype=torch.float64)
 
@@ -90,9 +92,12 @@ class StubAdapter:
     def new_cache(self) -> DynamicCache:
         return DynamicCache()
 
-    def __call__(self, states: Tensor, cache: DynamicCache) -> Tensor:
-        before = cache.get_seq_length()
-        assert (states[..., -1] == torch.arange(before + 1, before + 1 + states.shape[1])).all()
+    def __call__(self, states: Tensor, cache: DynamicCache, parents: Sequence[int] | None = None) -> Tensor:
+        before, count = cache.get_seq_length(), states.shape[1]
+        places = torch.arange(before + 1, before + 1 + count)
+        if parents is not None:
+            places = before + 1 - (len(parents) - count) + torch.tensor(depths(parents)[-count:])
+        assert (states[..., -1] == places).all()
         cache.update(states[:, None], states[:, None], 0)
         return states
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,16 +14,21 @@ from torch import Tensor
 
 from fl_edge.errors import ReplyError
 from fl_edge.hat.bytes import SCALE_BYTES, pack_rows, unpack_rows
+from fl_edge.hat.generation import Generation, Round, Rules, generate
+from fl_edge.hat.growing import GrowingTrees
 from fl_edge.hat.messages import Upload
 from fl_edge.hat.monitor import DeviceMonitor
+from fl_edge.hat.pace import FixedPace
 from fl_edge.hat.payoff import Acceptance, Costs, Payoff, choose
 from fl_edge.hat.sampling import Sampler
 from fl_edge.hat.split import load_middle
 from fl_edge.hat.wire import read_upload, write_upload
 from fl_edge.seeding import derive_seed, torch_rng
+from tests.stub_hat import Draft, StubAdapter, StubDevice, StubLink, text_after
 from tests.tiny_hat import CPU, draw_tokens
 from tests.tiny_hat_site import BASE, Site, serve
 
+PROMPT = [3, 1, 4, 1, 5]
 PLUS = replace(BASE, adaptive=True)
 
 
@@ -60,6 +66,68 @@ def test_a_session_goes_on_in_a_fresh_process(site: Site) -> None:
         ((_, answer),) = cloud.step(0.0)
         upload = session.answer(answer)  # type: ignore[arg-type]
     assert heard == site.expected(prompt)
+
+
+# the loop, with an adapter that is right and sure where a test says
+
+
+class Clock:
+    """Time passes with every call."""
+
+    def __init__(self, tick: float) -> None:
+        self.now, self.tick = 0.0, tick
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+def grow(
+    drafts: Sequence[Draft], new_tokens: int, width: int, payoff: Payoff, link: StubLink, tick: float = 0.1
+) -> list[Round]:
+    device, sampler = StubDevice(drafts), Sampler()
+    proposer = GrowingTrees(device, StubAdapter(), sampler, payoff, width, Clock(tick))
+    pace, rules = FixedPace(), Rules(new_tokens, 64)
+    return list(generate(Generation(device, proposer, sampler, pace, rules, 7, torch.tensor(PROMPT)), link))
+
+
+@given(
+    drafts=st.lists(st.builds(Draft, right=st.booleans(), sure=st.booleans()), min_size=1, max_size=7),
+    new_tokens=st.integers(1, 20),
+    width=st.integers(1, 6),
+    ready=st.lists(st.booleans(), min_size=1, max_size=5),
+    rate=st.one_of(st.none(), st.floats(0.01, 20.0)),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_text_is_the_whole_models_whatever_grows(
+    drafts: list[Draft], new_tokens: int, width: int, ready: list[bool], rate: float | None
+) -> None:
+    payoff, link = Payoff(DeviceMonitor()), StubLink(ready)
+    if rate is not None:
+        payoff.rounded(1, 1 / rate)
+    rounds = grow(drafts, new_tokens, width, payoff, link)
+    expected = text_after(PROMPT, new_tokens)
+    assert [token for each in rounds for token in each.tokens] == expected
+    link.holds(PROMPT + expected)
+    assert link.ended == [7]
+
+
+def test_a_sure_adapter_has_long_drafts_and_a_wrong_one_none() -> None:
+    lengths = {}
+    for name, drafts in {"right": [Draft()], "wrong": [Draft(right=False)]}.items():
+        payoff, link = Payoff(DeviceMonitor(), fixed_s=9.0, round_s=1.0, round_tokens=1.0), StubLink([True])
+        grow(drafts, 40, 1, payoff, link, tick=0.5)
+        lengths[name] = [len(upload.rows) for upload in link.uploads[1:]]
+    assert max(lengths["right"]) > 5
+    assert set(lengths["wrong"][12:]) == {1}  # as soon as it has been found out
+
+
+def test_the_second_likeliest_token_is_in_the_tree_where_the_likeliest_is_wrong() -> None:
+    wrong = [Draft(right=False, sure=False)]  # the right one comes second
+    link = StubLink([True])
+    grow(wrong, 30, 4, Payoff(DeviceMonitor(), fixed_s=9.0, round_s=9.0, round_tokens=1.0), link)
+    assert any(upload.parents for upload in link.uploads)
+    assert any(upload.kept and upload.kept[1:] not in ((), (1,)) for upload in link.uploads)
 
 
 # rows in bytes
@@ -152,13 +220,13 @@ def test_at_the_best_rate_a_chain_has_the_best_length(
 
 def test_choices_on_plain_numbers() -> None:
     free = Costs(step_s=0.0, leaves_s=0.0, row_s=0.0, rate=1.0, further=0.5)
-    assert choose(free, [0.5, 0.1], 2, begun=True) == "step"
+    assert choose(free, [0.5, 0.1], begun=True) == "step"
     dear = Costs(step_s=2.0, leaves_s=0.1, row_s=0.0, rate=1.0, further=0.5)
-    assert choose(dear, [0.5, 0.1], 2, begun=True) == "leaves"
-    assert choose(dear, [0.05], 2, begun=True) == "stop"
-    assert choose(dear, [1.0], 2, begun=False) == "leaves"  # the newest token itself must be run
-    assert choose(dear, [], 2, begun=True) == "stop"
-    assert choose(Costs(0.1, 0.05, 9.0, 1.0, 0.9), [0.9], 2, begun=True) == "stop"  # no row is worth its way
+    assert choose(dear, [0.5, 0.1], begun=True) == "leaves"
+    assert choose(dear, [0.05], begun=True) == "stop"
+    assert choose(dear, [1.0], begun=False) == "leaves"  # the newest token itself must be run
+    assert choose(dear, [], begun=True) == "stop"
+    assert choose(Costs(0.1, 0.05, 9.0, 1.0, 0.9), [0.9], begun=True) == "stop"  # no row is worth its way
 
 
 @given(
@@ -166,37 +234,37 @@ def test_choices_on_plain_numbers() -> None:
     costs=st.builds(
         Costs, st.floats(0.0, 2.0), st.floats(0.0, 2.0), st.floats(0.0, 0.3), st.floats(0.1, 5.0), st.floats(0.0, 1.0)
     ),
-    width=st.integers(1, 4),
     more=st.floats(1.0, 10.0),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_dearer_time_is_the_less_is_drafted(leaves: list[float], costs: Costs, width: int, more: float) -> None:
+def test_the_dearer_time_is_the_less_is_drafted(leaves: list[float], costs: Costs, more: float) -> None:
     ordered, rank = sorted(leaves, reverse=True), {"stop": 0, "leaves": 1, "step": 2}
-    before = choose(costs, ordered, width, begun=True)
-    assert rank[choose(replace(costs, step_s=more * costs.step_s), ordered, width, begun=True)] <= rank[before]
+    before = choose(costs, ordered, begun=True)
+    assert rank[choose(replace(costs, step_s=more * costs.step_s), ordered, begun=True)] <= rank[before]
     worth = sum(map(costs.pays, ordered))
     assert sum(map(replace(costs, row_s=more * costs.row_s).pays, ordered)) <= worth
 
 
 def test_shares_of_accepted_drafts_take_the_place_of_the_adapters_word() -> None:
     acceptance = Acceptance()
-    assert acceptance.chance(0.3) == 0.3
+    assert acceptance.chance(0, 0.3) == 0.3
     for _ in range(400):
-        acceptance.observe(0.3, True)
-    assert acceptance.chance(0.3) > 0.95
-    assert acceptance.chance(0.9) == 0.9
+        acceptance.observe(0, 0.3, True)
+    assert acceptance.chance(0, 0.3) > 0.95
+    assert acceptance.chance(0, 0.9) == 0.9
+    assert acceptance.chance(1, 0.3) == 0.3
 
 
 def test_what_is_measured_makes_costs_and_survives_a_process() -> None:
     payoff = Payoff(DeviceMonitor(up=1000.0), row_bytes=10.0)
     payoff.stepped(0.3)
     payoff.leaved(0.2)
-    payoff.likeliest(0.6)
+    payoff.drafted(0.5, 0.25)
     payoff.answered(4, 1.08)
     payoff.rounded(2, 4.0)
-    assert payoff.costs == Costs(0.3, 0.2, 0.02, 0.5, 0.6)  # the way back counts as the way there
+    assert payoff.costs == Costs(0.3, 0.2, 0.02, 0.5, 0.5)  # the way back counts as the way there
     assert payoff.answer_s(4) == pytest.approx(1.08)
-    payoff.acceptance.observe(0.5, True)
+    payoff.acceptance.observe(0, 0.5, True)
     back = Payoff.from_record(json.loads(json.dumps(payoff.to_record())), payoff.monitor)
     back.row_bytes = 10.0
     assert back == payoff

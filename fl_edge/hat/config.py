@@ -36,7 +36,7 @@ class HatConfig:
         False, "drafts are trees that grow as long as they pay by what was measured, also during verification; "
         "threshold, max_drafts and guesses mean nothing then"
     )  # fmt: skip
-    draft_width: int = setting(4, "tokens of such a tree that are drafted side by side; 1: chains", low=1, high=16)
+    draft_width: int = setting(16, "tokens of such a tree that are run side by side; 1: chains", low=1, high=64)
     int8: bool = setting(False, "hidden states travel as bytes; the text is then that of a model that rounds them")
 
     # the prompt

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fl_edge.hat.caches import keep_rows
 from fl_edge.hat.drafting import Adapted
-from fl_edge.hat.payoff import Choice, Payoff, choose
+from fl_edge.hat.payoff import RANKS, Choice, Payoff, choose
 from fl_edge.hat.proposing import DevicePart, Proposal
 from fl_edge.hat.sampling import Sampler
 from fl_edge.hat.trees import depths
 
-_MOST_ROWS = 48  # of a tree: a bound for what cannot be foreseen
+_MOST_ROWS = 128  # of a tree: a bound for what cannot be foreseen
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class _Node:
         Row; -1: the last token before the tree.
     chance
         That it is accepted.
-    sure
-        What the adapter said of it; None: it did not draft it here.
+    rank, sure
+        Of it among the adapter's drafts after its parent, and what the adapter said; None: it did not draft it here.
     """
 
     token: int
     parent: int
     chance: float = 1.0
+    rank: int = 0
     sure: float | None = None
 
 
@@ -131,7 +132,7 @@ class GrowingTrees:
             self._step(self._frontier(most))
         costs = self._payoff.costs
         if choice == "leaves":
-            started, frontier = self._clock(), self._frontier(most, _MOST_ROWS)
+            started, frontier = self._clock(), self._frontier(most)
             self._run([node for node in frontier if not self._rows or costs is None or costs.pays(node.chance)])
             self._payoff.leaved(self._clock() - started)
         deep = depths([node.parent for node in self._rows])
@@ -148,19 +149,19 @@ class GrowingTrees:
 
     def _choice(self, most: int) -> Choice:
         """Return what to do next with the tree; as long as something was never measured, what measures it."""
-        costs, leaves, begun = self._payoff.costs, self._frontier(most, _MOST_ROWS), bool(self._rows)
+        costs, begun = self._payoff.costs, bool(self._rows)
         if costs is not None and most:
-            return choose(costs, [node.chance for node in leaves], self._width, begun)
+            return choose(costs, [node.chance for node in self._frontier(most)], begun)
         if most and self._payoff.step_s is None:
             return "step"
         return "leaves" if not begun or self._payoff.leaves_s is None else "stop"
 
-    def _frontier(self, most: int, count: int = 0) -> list[_Node]:
-        """Return the likeliest leaves, by default as many as a step takes, that are not too deep."""
+    def _frontier(self, most: int) -> list[_Node]:
+        """Return the likeliest leaves that are not too deep, as many as are run side by side."""
         deep = depths([node.parent for node in self._rows])
         near = [node for node in self._leaves if node.parent < 0 or deep[node.parent] < most]
         room = _MOST_ROWS - len(self._rows)
-        return sorted(near, key=lambda node: -node.chance)[: min(count or self._width, room)]
+        return sorted(near, key=lambda node: -node.chance)[: min(self._width, room)]
 
     def _step(self, nodes: Sequence[_Node]) -> None:
         started = self._clock()
@@ -196,15 +197,15 @@ class GrowingTrees:
         deep = depths([node.parent for node in self._rows])
         places = [self._base + (deep[row] + 1 if row >= 0 else 0) for row in rows]
         scores = self._sampler.scores(self._model.draft_head(features), places)
-        sure, tokens = scores.softmax(-1).topk(min(self._width, scores.shape[-1]))
+        sure, tokens = scores.softmax(-1).topk(min(self._width, RANKS, scores.shape[-1]))
         payoff = self._payoff
         for row, chances, found in zip(rows, sure.tolist(), tokens.tolist(), strict=True):
             before = self._rows[row].chance if row >= 0 else 1.0
-            held = [payoff.acceptance.chance(each) for each in chances]
-            payoff.likeliest(held[0])
+            held = [payoff.acceptance.chance(*each) for each in enumerate(chances)]
+            payoff.drafted(before, before * held[0])
             self._leaves += [
-                _Node(token, row, before * chance, each)
-                for token, chance, each in zip(found, held, chances, strict=True)
+                _Node(token, row, before * chance, rank, each)
+                for rank, (token, chance, each) in enumerate(zip(found, held, chances, strict=True))
             ]
 
     def _learn(self, path: Sequence[int], following: int) -> None:
@@ -212,7 +213,7 @@ class GrowingTrees:
         right = dict(zip(path or [-1], [*(self._rows[row].token for row in path[1:]), following], strict=True))
         for node in (*self._rows, *self._leaves):
             if node.sure is not None and node.parent in right:
-                self._payoff.acceptance.observe(node.sure, node.token == right[node.parent])
+                self._payoff.acceptance.observe(node.rank, node.sure, node.token == right[node.parent])
 
     def _below(self, first: int) -> list[int]:
         """Return a row and all that follow it."""

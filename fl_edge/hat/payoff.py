@@ -17,6 +17,7 @@ from typing import Any, Literal
 from fl_edge.hat.delays import smooth
 from fl_edge.hat.monitor import DeviceMonitor
 
+RANKS = 4  # drafts after one token, at most
 _BINS = 10  # of the root of how sure the adapter is: most drafts of a small model are below 0.2
 _PRIOR = 8.0  # drafts that the adapter's own word counts for
 _PAST = 0.95  # weight of the past in the rate: single rounds vary much
@@ -27,27 +28,26 @@ Choice = Literal["step", "leaves", "stop"]
 
 @dataclass
 class Acceptance:
-    """The share of drafts that hold, by how sure the adapter was of them.
+    """The share of drafts that hold, by their rank and by how sure the adapter was of them.
 
     Attributes
     ----------
     seen, held
-        Drafts of each bin whose fate is known, and those of them that were accepted.
+        For each rank, the likeliest first, and each bin: drafts whose fate is known, and those that were accepted.
     """
 
-    seen: list[int] = field(default_factory=lambda: [0] * _BINS)
-    held: list[int] = field(default_factory=lambda: [0] * _BINS)
+    seen: list[list[int]] = field(default_factory=lambda: [[0] * _BINS for _ in range(RANKS)])
+    held: list[list[int]] = field(default_factory=lambda: [[0] * _BINS for _ in range(RANKS)])
 
-    def observe(self, sure: float, held: bool) -> None:
+    def observe(self, rank: int, sure: float, held: bool) -> None:
         """Take in a draft whose predecessors all held."""
-        place = _bin(sure)
-        self.seen[place] += 1
-        self.held[place] += held
+        self.seen[rank][_bin(sure)] += 1
+        self.held[rank][_bin(sure)] += held
 
-    def chance(self, sure: float) -> float:
+    def chance(self, rank: int, sure: float) -> float:
         """Return the expected share; before anything is known it is the adapter's own probability."""
-        place = _bin(sure)
-        return (self.held[place] + _PRIOR * sure) / (self.seen[place] + _PRIOR)
+        seen, held = self.seen[rank][_bin(sure)], self.held[rank][_bin(sure)]
+        return (held + _PRIOR * sure) / (seen + _PRIOR)
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,13 @@ class Costs:
         return chance > self.rate * self.row_s
 
 
-def choose(costs: Costs, leaves: Sequence[float], width: int, begun: bool) -> Choice:
+def choose(costs: Costs, leaves: Sequence[float], begun: bool) -> Choice:
     """Return what to do with a draft tree next.
 
     Parameters
     ----------
     leaves
-        Chances of the tokens that are drafted but not yet run, largest first.
-    width
-        How many of them a step takes at most.
+        Chances of the tokens that are drafted but not yet run, of those that can be run side by side.
     begun
         Whether the newest token of the text has been run; else it is the only leaf, and must be.
 
@@ -99,9 +97,8 @@ def choose(costs: Costs, leaves: Sequence[float], width: int, begun: bool) -> Ch
     """
     rate, row = costs.rate, costs.rate * costs.row_s
     last = sum(max(0.0, chance - row) for chance in leaves) - rate * costs.leaves_s
-    taken = leaves[:width]
-    after = costs.further * sum(taken) - row * len(taken) - rate * costs.leaves_s
-    step = sum(taken) - row * len(taken) - rate * costs.step_s + max(0.0, after)
+    after = sum(max(0.0, costs.further * chance - row) for chance in leaves) - rate * costs.leaves_s
+    step = last + rate * (costs.leaves_s - costs.step_s) + max(0.0, after)
     if step > last and (step > 0 or not begun):
         return "step"
     return "leaves" if last > 0 or not begun else "stop"
@@ -119,8 +116,10 @@ class Payoff:
         Bytes of a row on the link.
     acceptance
         Of drafts.
-    step_s, leaves_s, further
+    step_s, leaves_s
         As in :class:`Costs`; None: not yet measured.
+    reached, reached_further
+        Smoothed chances of the tokens that were drafted on from, and of the likeliest tokens after them.
     fixed_s
         Seconds of an answer beyond what its rows cost.
     round_s, round_tokens
@@ -132,7 +131,8 @@ class Payoff:
     acceptance: Acceptance = field(default_factory=Acceptance)
     step_s: float | None = None
     leaves_s: float | None = None
-    further: float | None = None
+    reached: float | None = None
+    reached_further: float | None = None
     fixed_s: float | None = None
     round_s: float | None = None
     round_tokens: float | None = None
@@ -151,7 +151,12 @@ class Payoff:
         """All of it; None as long as something was never measured."""
         if self.step_s is None or self.leaves_s is None or not self.round_s or not self.round_tokens:
             return None
-        return Costs(self.step_s, self.leaves_s, self.row_s, self.round_tokens / self.round_s, self.further or 0.0)
+        return Costs(self.step_s, self.leaves_s, self.row_s, self.round_tokens / self.round_s, self.further)
+
+    @property
+    def further(self) -> float:
+        """As in :class:`Costs`; tokens that are likely to be reached count more. 0 if nothing was drafted yet."""
+        return self.reached_further / self.reached if self.reached and self.reached_further else 0.0
 
     def answer_s(self, rows: int) -> float:
         """Return the seconds expected from an upload of rows to the end of its answer."""
@@ -165,9 +170,10 @@ class Payoff:
         """Take in a run of the input submodel alone."""
         self.leaves_s = smooth(self.leaves_s, seconds)
 
-    def likeliest(self, chance: float) -> None:
-        """Take in the chance of the likeliest token after one."""
-        self.further = smooth(self.further, chance, _PAST)
+    def drafted(self, chance: float, further: float) -> None:
+        """Take in the chance of a token, and that of the likeliest one after it, its own included."""
+        self.reached = smooth(self.reached, chance, _PAST)
+        self.reached_further = smooth(self.reached_further, further, _PAST)
 
     def answered(self, rows: int, seconds: float) -> None:
         """Take in an answer, from the upload on."""
@@ -197,7 +203,7 @@ class Payoff:
 
     def to_record(self) -> dict[str, Any]:
         """Return plain values that JSON can hold, without the monitor's."""
-        names = ("step_s", "leaves_s", "further", "fixed_s", "round_s", "round_tokens")
+        names = ("step_s", "leaves_s", "reached", "reached_further", "fixed_s", "round_s", "round_tokens")
         return {
             **{name: getattr(self, name) for name in names},
             "seen": self.acceptance.seen,
@@ -208,7 +214,7 @@ class Payoff:
     def from_record(cls, record: Mapping[str, Any], monitor: DeviceMonitor) -> Payoff:
         """Undo :meth:`to_record`."""
         numbers = {name: value for name, value in record.items() if name not in ("seen", "held")}
-        return cls(monitor, acceptance=Acceptance(list(record["seen"]), list(record["held"])), **numbers)
+        return cls(monitor, acceptance=Acceptance(record["seen"], record["held"]), **numbers)
 
 
 def _bin(sure: float) -> int:
