@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from fl_edge.hat.admission import check_place
 from fl_edge.hat.attention import Span
 from fl_edge.hat.messages import Answer, Upload
-from fl_edge.hat.trees import depths, lines
+from fl_edge.hat.trees import depths
 
 CPU = torch.device("cpu")
 VOCABULARY = 11
@@ -34,6 +34,15 @@ def text_after(prompt: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         text.append(following(text))
     return text[len(prompt) :]
+
+
+def lines(parents: Sequence[int]) -> list[list[bool]]:
+    """For each row of a tree which of the rows it follows, itself among them."""
+    found: list[list[bool]] = []
+    for row, parent in enumerate(parents):
+        found.append(list(found[parent]) if parent >= 0 else [False] * len(parents))
+        found[-1][row] = True
+    return found
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from fl_edge.hat.messages import Upload
 from fl_edge.hat.pace import FixedPace
 from fl_edge.hat.sampling import Sampler
 from fl_edge.hat.split import load_device, load_middle
-from fl_edge.hat.trees import Tree, best_tree, depths, lines
+from fl_edge.hat.trees import Tree, best_tree, depths
 from fl_edge.seeding import torch_rng
-from tests.stub_hat import LARGE, VOCABULARY, StubDevice, StubLink, text_after
+from tests.stub_hat import LARGE, VOCABULARY, StubDevice, StubLink, lines, text_after
 from tests.tiny_hat import CPU, MODELS, draw_tokens, save_model
 from tests.tiny_hat_site import BASE, Site, serve
 

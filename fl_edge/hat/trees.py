@@ -23,15 +23,6 @@ def depths(parents: Sequence[int]) -> list[int]:
     return found
 
 
-def lines(parents: Sequence[int]) -> list[list[bool]]:
-    """Return for each row which of the rows it follows, itself among them."""
-    found: list[list[bool]] = []
-    for row, parent in enumerate(parents):
-        found.append(list(found[parent]) if parent >= 0 else [False] * len(parents))
-        found[-1][row] = True
-    return found
-
-
 def tree_attention(
     config: Any, parents: Sequence[int], count: int, before: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:

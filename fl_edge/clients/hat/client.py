@@ -36,6 +36,7 @@ from fl_edge.clients.hat.learning import AdapterLearner
 from fl_edge.errors import ConfigError, ReplyError
 from fl_edge.hat.adapter import Adapter
 from fl_edge.hat.config import HatConfig
+from fl_edge.hat.medusa import MedusaHeads
 from fl_edge.hat.messages import Upload
 from fl_edge.hat.session import DeviceSession
 from fl_edge.hat.split import DeviceModel
@@ -63,7 +64,8 @@ class HatWorkload:
     model
         Its part of the model (`fl_edge.hat.split.load_device`).
     adapter
-        To draft with (`fl_edge.hat.adapter.load_adapter`) until the server sends one; without one nothing is drafted.
+        To draft with (`fl_edge.hat.adapter.load_adapter`, `fl_edge.hat.medusa.load_heads`) until the server sends one;
+        without one nothing is drafted.
     prompt
         Number -> tokens (n,) int64 of the prompt with that number, from 0 on; nothing when there are no more. It may
         wait, for a person at a keyboard.
@@ -86,7 +88,7 @@ class HatWorkload:
 
     device: str
     model: DeviceModel
-    adapter: Adapter | None
+    adapter: Adapter | MedusaHeads | None
     prompt: Callable[[int], Tensor | None]
     hear: Callable[[int, Sequence[int]], None]
     tell: Callable[[int, str], None] = _logged
