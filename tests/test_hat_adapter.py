@@ -318,7 +318,7 @@ def test_perfect_student_has_full_marks(room: Room) -> None:
     lessons = draw_lessons(room)
 
     class Perfect(Adapter):
-        def forward(self, states: Tensor, cache: Any = None) -> Tensor:
+        def forward(self, states: Tensor, cache: Any = None, parents: Any = None) -> Tensor:
             answer: Tensor = room.device.norm(lessons.rows.to(states))
             return answer
 
