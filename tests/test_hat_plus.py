@@ -276,3 +276,15 @@ def test_steps_ahead_fill_the_wait_and_are_late_only_for_a_likely_gain() -> None
     assert not payoff.goes_ahead([0.2], 3, waited_s=2.0)  # half a second late
     assert payoff.goes_ahead([0.4, 0.3], 3, waited_s=2.0)
     assert not payoff.goes_ahead([0.01], 3, waited_s=0.0)
+
+
+def test_what_a_row_costs_is_learned_from_answers_where_the_link_was_never_measured() -> None:
+    payoff = Payoff(DeviceMonitor())
+    payoff.answered(3, 1.3)
+    assert payoff.row_s == 0.0
+    for rows in (1, 6, 2, 4) * 20:
+        payoff.answered(rows, 1.0 + 0.1 * rows)
+    assert payoff.row_s == pytest.approx(0.1)
+    assert payoff.answer_s(5) == pytest.approx(1.5, abs=0.05)
+    payoff.monitor.up, payoff.row_bytes = 1000.0, 10.0
+    assert payoff.row_s == pytest.approx(0.02)

@@ -21,6 +21,7 @@ RANKS = 4  # drafts after one token, at most
 _BINS = 10  # of the root of how sure the adapter is: most drafts of a small model are below 0.2
 _PRIOR = 8.0  # drafts that the adapter's own word counts for
 _PAST = 0.95  # weight of the past in the rate: single rounds vary much
+_SPREAD = 0.5  # variance of the rows of answers that tells what a row costs
 _IDLE = 0.05  # less likely drafts are not made ahead, though there is time: they only cost energy
 
 Choice = Literal["step", "leaves", "stop"]
@@ -122,6 +123,8 @@ class Payoff:
         Smoothed chances of the tokens that were drafted on from, and of the likeliest tokens after them.
     fixed_s
         Seconds of an answer beyond what its rows cost.
+    answers
+        Smoothed rows of an answer, its seconds, and the means of rows squared and of rows times seconds.
     round_s, round_tokens
         Smoothed, of a round.
     """
@@ -134,17 +137,27 @@ class Payoff:
     reached: float | None = None
     reached_further: float | None = None
     fixed_s: float | None = None
+    answers: list[float] | None = None
     round_s: float | None = None
     round_tokens: float | None = None
 
     @property
     def row_s(self) -> float:
-        """Seconds that a further row adds; a direction that was never measured is taken to be as fast as the other."""
+        """Seconds that a further row adds: link and cloud.
+
+        A direction of the link that was never measured is taken to be as fast as the other. If none was, since all
+        messages were too small, it is the slope of the least squares line through the answers so far.
+        """
         monitor = self.monitor
-        rates = [rate for rate in (monitor.up, monitor.down) if rate]
-        link = 2 * self.row_bytes * sum(1 / rate for rate in rates) / len(rates) if rates else 0.0
-        rows = (monitor.background or 0.0) + 1
-        return link + (monitor.delay(rows + 8) - monitor.delay(rows)) / 8
+        if rates := [rate for rate in (monitor.up, monitor.down) if rate]:
+            rows = (monitor.background or 0.0) + 1
+            link = 2 * self.row_bytes * sum(1 / rate for rate in rates) / len(rates)
+            return link + (monitor.delay(rows + 8) - monitor.delay(rows)) / 8
+        if self.answers is None:
+            return 0.0
+        rows, seconds, squares, products = self.answers
+        spread = squares - rows**2
+        return max(0.0, (products - rows * seconds) / spread) if spread > _SPREAD else 0.0
 
     @property
     def costs(self) -> Costs | None:
@@ -177,6 +190,8 @@ class Payoff:
 
     def answered(self, rows: int, seconds: float) -> None:
         """Take in an answer, from the upload on."""
+        new = (float(rows), seconds, float(rows) ** 2, rows * seconds)
+        self.answers = [smooth(old, each, _PAST) for old, each in zip(self.answers or new, new, strict=True)]
         self.fixed_s = smooth(self.fixed_s, max(0.0, seconds - rows * self.row_s))
 
     def rounded(self, tokens: int, seconds: float) -> None:
@@ -203,7 +218,7 @@ class Payoff:
 
     def to_record(self) -> dict[str, Any]:
         """Return plain values that JSON can hold, without the monitor's."""
-        names = ("step_s", "leaves_s", "reached", "reached_further", "fixed_s", "round_s", "round_tokens")
+        names = ("step_s", "leaves_s", "reached", "reached_further", "fixed_s", "answers", "round_s", "round_tokens")
         return {
             **{name: getattr(self, name) for name in names},
             "seen": self.acceptance.seen,
