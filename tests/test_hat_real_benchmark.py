@@ -7,8 +7,9 @@ import hashlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ NEW = 6
 
 def _digest(text: list[int]) -> str:
     return hashlib.blake2b(repr(text).encode(), digest_size=4).hexdigest()
+
+
+def _closing(run: Callable[..., None], end: Connection) -> None:
+    """Run a room; when it fails, who waits for it hears of that."""
+    with end:
+        run(end, None)
 
 
 @pytest.fixture
@@ -83,12 +90,11 @@ def test_devices_and_cloud_give_the_whole_models_text(tmp_path: Path) -> None:
     devices, to_devices = Pipe()
     middle = functools.partial(load_middle, tmp_path, 2, CPU)
     parts = {"model": site.device, "adapter": site.adapter}
-    rooms = [
-        threading.Thread(
-            target=serve, args=(middle, 128, StageDelay(1e-3, 0.0), 2, [way for way, _ in ways], to_cloud, None)
-        ),
-        threading.Thread(target=drive, args=(lambda: parts, SHAPE, 128, [way for _, way in ways], to_devices, None)),
-    ]
+    runs = {
+        to_cloud: functools.partial(serve, middle, 128, StageDelay(1e-3, 0.0), 2, [way for way, _ in ways]),
+        to_devices: functools.partial(drive, lambda: parts, SHAPE, 128, [way for _, way in ways]),
+    }
+    rooms = [threading.Thread(target=_closing, args=(run, end), daemon=True) for end, run in runs.items()]
     for room in rooms:
         room.start()
     assert (cloud.recv(), devices.recv()) == ("ready", "ready")
