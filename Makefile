@@ -12,12 +12,12 @@ PYTEST_ARGS ?=
 run: $(VENV)/installed
 	@$(VENV)/bin/python -m simulations $(ARGS)
 
-# Three workers for two cores, a file each: the tests with real SuperNodes wait for half of their time.
+# Two workers, a file each. More would pay, but a SuperLink that waits too long for a core loses the end of a run.
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The stamps make the installation happen once, and again when pyproject.toml changes. pip, not uv: see README.
 $(VENV)/installed: pyproject.toml
