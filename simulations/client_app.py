@@ -177,7 +177,7 @@ def _hat(place: Place, run_id: int) -> HatWorkload:
     own, _ = device_tokens(texts, scenario.data, scenario.seed, place.index, place.count, tokenizer)
     _, test = device_files(texts, scenario.data, scenario.seed, place.index, place.count)
     prompts = device_prompts(scenario.prompts, test, scenario.seed, place.index, place.count, tokenizer)
-    answers = AnswerFiles(default_folder() / "hat" / str(run_id) / place.name, tokenizer, prompts)
+    answers = AnswerFiles(default_folder() / "answers" / str(run_id) / place.name, tokenizer, prompts)
     return HatWorkload(
         device=place.name,
         model=model,

@@ -46,4 +46,4 @@ def locally(folder: Path, settings: dict[str, Any], name: str = "local", run_id:
 
 def texts(cache: Path) -> dict[str, str]:
     """Return what devices have written, by device and number."""
-    return {f"{file.parent.name}/{file.name}": file.read_text() for file in cache.glob("hat/*/*/*.txt")}
+    return {f"{file.parent.name}/{file.name}": file.read_text() for file in cache.glob("answers/*/*/*.txt")}

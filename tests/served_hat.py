@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +134,9 @@ def lines_of(*answers: str) -> str:
     return "".join(answer if answer.endswith("\n") or not answer else f"{answer}\n" for answer in answers)
 
 
+_PATIENCE_S = 120.0
+
+
 class Process:
     """The command line in a process of its own."""
 
@@ -156,10 +161,24 @@ class Process:
         while data := os.read(stream.fileno(), 65_536):
             into += data
 
+    def says(self, words: str) -> None:
+        """Wait until it has said something; a process of a loaded machine may take long to start."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while words.encode() not in self.told:
+            assert self.child.poll() is None, self.told.decode()
+            assert time.monotonic() < deadline, self.told.decode()
+            time.sleep(0.01)
+
     def type(self, text: str) -> None:
         assert self.child.stdin
         self.child.stdin.write(text.encode())
         self.child.stdin.flush()
+
+    def interrupt(self) -> tuple[int, str, str]:
+        """Press Ctrl-C, and return what :meth:`end` does; the end of input must not come first."""
+        self.child.send_signal(signal.SIGINT)
+        self.child.wait(60)
+        return self.end()
 
     def end(self) -> tuple[int, str, str]:
         """Wait for the end; return exit code, what was shown, and what else was said."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ import transformers
 
 from fl_edge.clients.hat.__main__ import KEYS, main
 from fl_edge.clients.hat.typed import Conversation, Unfolding, load_tokenizer
-from tests.link_site import eventually
 from tests.served_hat import NEW, TEXT, Model, Process, lines_of
 
 pytestmark = pytest.mark.usefixtures("in_time", "impatient")
@@ -138,7 +136,7 @@ def test_two_processes_with_tls_and_a_token(
     """Two devices, to be quick one of them in this process: one has no more prompts, the other gets Ctrl-C."""
     chat_with = ["chat", "--model", model.folder, "--shallow", 2, "--keys", keys, "--new-tokens", NEW, "--server"]
     with Process("serve", model.folder, "--shallow", 2, "--listen", "localhost:0", "--keys", keys) as server:
-        eventually(lambda: b"Ctrl-C ends" in server.told)
+        server.says("Ctrl-C ends")
         chat_with.append(f"localhost:{server.told.decode().split('localhost:')[1].split(',')[0]}")
         with Process(*chat_with, "--name", "one", "--adapter", model.adapter_file) as one:
             capsys.readouterr()
@@ -148,12 +146,10 @@ def test_two_processes_with_tls_and_a_token(
             assert shown == lines_of(model.answer("def wetter"), model.answer("return"))
             assert told.count("TTFT") == told.count("\n") == 2
             one.type("wann\n")
-            eventually(lambda: b"TTFT" in one.told)
-            one.child.send_signal(signal.SIGINT)
-            assert one.end()[:2] == (130, lines_of(model.answer("wann")))
-        eventually(lambda: b"one is out" in server.told)
-        server.child.send_signal(signal.SIGINT)
-        code, shown, told = server.end()
+            one.says("TTFT")
+            assert one.interrupt()[:2] == (130, lines_of(model.answer("wann")))
+        server.says("one is out")
+        code, shown, told = server.interrupt()
         assert (code, shown) == (0, "")
         for line in ("one is here", "two is here", "two has left", "one is out: ", "stopped"):
             assert line in told

@@ -60,7 +60,7 @@ def test_texts_are_those_of_the_whole_model(settings: dict[str, Any], tmp_path: 
     locally(tmp_path, settings | {"training.rounds": 0})
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(settings["model.name"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model.name"])
-    found = list((tmp_path / "cache" / "hat").glob("*/*/*.tokens"))
+    found = list((tmp_path / "cache" / "answers").glob("*/*/*.tokens"))
     assert len(found) == DEVICES * PROMPTS
     for file in found:
         tokens = [int(word) for word in file.read_text().split()]
