@@ -6,6 +6,7 @@ the last stage has it. The clock is the system's monotonic one, the same for all
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import json
@@ -84,14 +85,17 @@ def serve(
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    middle = Middle(load(), capacity, capacity * len(devices))
-    control.send("ready")
-    while (asked := control.recv()) is not None:
-        room = _Room(Cloud(middle, Limits(*asked), LEASE_S), delay, stages, devices)
+    with contextlib.ExitStack() as ways:  # who waits for a cloud that has failed hears of it
+        for way in (control, *devices):
+            ways.enter_context(way)
+        middle = Middle(load(), capacity, capacity * len(devices))
         control.send("ready")
-        room.run(control)
-        control.recv()
-        control.send(room.account())
+        while (asked := control.recv()) is not None:
+            room = _Room(Cloud(middle, Limits(*asked), LEASE_S), delay, stages, devices)
+            control.send("ready")
+            room.run(control)
+            control.recv()
+            control.send(room.account())
 
 
 class _Room:
@@ -112,14 +116,18 @@ class _Room:
         return {**found, "busy_s": self._busy, "cpu_s": used, "seconds": seconds}
 
     def run(self, control: Connection) -> None:
-        """Serve until ``control`` has something to say."""
+        """Serve until ``control`` has something to say and every request has ended: the next cloud has the same slots.
+
+        Whoever speaks through ``control`` has heard of all ends, but their messages may still be in their pipes.
+        """
         ways = [control, *self._devices]
-        while True:
+        while ways[0] is control or self._cloud.requests or self._coming:
             left = self._next() - time.monotonic()
             for way in wait(ways, max(0.0, left - _COARSE_S)):
                 if way is control:
-                    return
-                self._take(way)  # type: ignore[arg-type]
+                    ways = ways[1:]
+                else:
+                    self._take(way)  # type: ignore[arg-type]
             if 0 < (left := self._next() - time.monotonic()) <= _COARSE_S:
                 sleep_until(time.monotonic() + left)
             self._go_on()

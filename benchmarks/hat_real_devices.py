@@ -6,6 +6,7 @@ answer. The clock is the system's monotonic one, the same for all processes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -100,9 +101,12 @@ def drive(
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_S)
-    parts = load()
-    control.send("ready")
-    with ThreadPoolExecutor(len(clouds), "device") as threads:
+    with contextlib.ExitStack() as stack:  # who waits for devices that have failed hears of it
+        for way in (control, *clouds):
+            stack.enter_context(way)
+        parts = load()
+        control.send("ready")
+        threads = stack.enter_context(ThreadPoolExecutor(len(clouds), "device"))
         while (order := control.recv()) is not None:
             used = time.process_time()
             devices = [_Device(parts, order, shape, capacity, each) for each in clouds]
