@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.hat_heads import heads_for
 from benchmarks.hat_models import LLAMA, adapter_for, device_model, middle_model, prompts
-from benchmarks.hat_real_heads import heads_for
 from benchmarks.hat_rooms import CAPACITY, accept_length, make_cloud, serve
 from fl_edge.hat.adapter import Adapter
 from fl_edge.hat.config import HatConfig

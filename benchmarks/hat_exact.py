@@ -1,5 +1,8 @@
 """Exactness, of :mod:`benchmarks.hat`: the split model's text against ``generate`` of the unsplit one, token for token.
 
+Modes are chains of drafts, with and without chunks and look-ahead, trees of Medusa's heads, and HAT+, whose trees grow
+while they pay.
+
 In float64, where sums in another order do not decide which token is largest. A case in float32 says how often they do
 there, and by how much the two tokens' logits differ where they did.
 """
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.hat_heads import heads_for
 from benchmarks.hat_models import FAMILIES, adapter_for, device_model, middle_model, prompts, whole_model
 from benchmarks.hat_rooms import CAPACITY, accept_length, greedy, make_cloud, serve
 from fl_edge.hat.config import HatConfig
@@ -33,7 +37,12 @@ MODES: Mapping[str, HatConfig] = {
     "every draft": replace(WHOLE, threshold=0.0),
     "parallel drafts, chunks": replace(CHUNKS, guesses=2),
     "every draft, parallel": replace(WHOLE, threshold=0.0, guesses=4),
+    "HAT+": replace(WHOLE, adaptive=True),
+    "HAT+, chunks": replace(CHUNKS, adaptive=True, draft_width=3),
+    "U-Medusa, trees": replace(WHOLE, tree_rows=9),
+    "U-Medusa, trees, chunks": replace(CHUNKS, tree_rows=16),
 }
+_HEADS = "U-Medusa"  # what modes of Medusa's heads begin with; the others have the adapter
 SINGLE = "parallel drafts, chunks"  # the mode that is run in float32, too
 
 
@@ -51,7 +60,7 @@ def measure_exact(family: str, mode: str, quick: bool) -> dict[str, Any]:
     """Return shares of tokens that are identical in float64, with each prompt alone and with all at once."""
     asked, expected = _asked(family, quick), _expected(family, quick, torch.float64)
     (alone, _), (together, accepted) = (
-        _texts(family, MODES[mode], quick, torch.float64, asked, each) for each in (False, True)
+        _texts(family, mode, quick, torch.float64, asked, each) for each in (False, True)
     )
     tokens = sum(map(len, expected))
     return {
@@ -66,7 +75,7 @@ def measure_exact(family: str, mode: str, quick: bool) -> dict[str, Any]:
 def measure_single(family: str, quick: bool) -> dict[str, Any]:
     """Return the share of identical texts in float32, and the widest gap of logits where one goes another way."""
     asked, expected = _asked(family, quick), _expected(family, quick, torch.float32)
-    found, _ = _texts(family, MODES[SINGLE], quick, torch.float32, asked, together=True)
+    found, _ = _texts(family, SINGLE, quick, torch.float32, asked, together=True)
     whole = _whole(family, quick, torch.float64)
     gaps = [
         _gap(whole, prompt, ours, theirs)
@@ -96,17 +105,17 @@ def _expected(family: str, quick: bool, dtype: torch.dtype) -> list[list[int]]:
 
 
 def _texts(
-    family: str, config: HatConfig, quick: bool, dtype: torch.dtype, asked: Sequence[Tensor], together: bool
+    family: str, mode: str, quick: bool, dtype: torch.dtype, asked: Sequence[Tensor], together: bool
 ) -> tuple[list[list[int]], float]:
     """Return each prompt's text, and the accept length."""
     device = device_model(family, quick, dtype)
-    adapter = adapter_for(family, device, quick)
+    drafter = (heads_for if mode.startswith(_HEADS) else adapter_for)(family, device, quick)
     cloud = make_cloud(middle_model(family, quick, dtype), len(asked), BUDGET if together else None)
     found: list[list[int]] = [[] for _ in asked]
 
     def session() -> DeviceSession:
-        config_now = replace(config, new_tokens=_new(quick))
-        return DeviceSession(device, adapter, config_now, CAPACITY, 0, (), lambda at, new: found[at].extend(new))
+        config = replace(MODES[mode], new_tokens=_new(quick))
+        return DeviceSession(device, drafter, config, CAPACITY, 0, (), lambda at, new: found[at].extend(new))
 
     jobs = list(enumerate(asked))
     if together:

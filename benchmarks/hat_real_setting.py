@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.hat_heads import heads_for
 from benchmarks.hat_models import LLAMA, adapter_for, device_model, prompts
 from benchmarks.hat_real_devices import Asked
-from benchmarks.hat_real_heads import heads_for
 from fl_edge.hat.config import HatConfig
 from fl_edge.hat.scheduling import Limits
 from fl_edge.hat.simulated_cloud import StageDelay
