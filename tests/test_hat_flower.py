@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fl_edge.clients.hat import HatClient, HatWorkload
+from fl_edge.clients.hat.client import STATE
 from fl_edge.errors import TrainingError
 from fl_edge.hat.account import HatReport
 from fl_edge.hat.adapter import new_adapter
@@ -122,6 +124,24 @@ def test_texts_do_not_depend_on_the_process(devices: Devices, stay: bool) -> Non
 
     devices.run(call)
     devices.check()
+
+
+def test_fresh_processes_know_what_was_measured_for_the_prompts_before(devices: Devices) -> None:
+    measured: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def call(message: Message, context: Context) -> Message:
+        reply = devices.app()(message, context)
+        if STATE in context.state:
+            noted = json.loads(str(context.state.config_records[STATE]["session"]))
+            place = context.node_id, int(noted["request"])
+            measured.setdefault(place, []).append(noted["measured"]["monitor"])
+        return reply
+
+    devices.run(call)
+    for (_, request), noted in measured.items():
+        assert (noted[0]["wait_s"] is None) == (request == 0)  # before the cloud has answered anything of the request
+        assert noted[-1]["wait_s"] is not None
+    assert len(measured) == len(devices.work) * PROMPTS
 
 
 def test_no_token_is_on_the_wire(devices: Devices) -> None:

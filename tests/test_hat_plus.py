@@ -61,7 +61,7 @@ def test_a_session_goes_on_in_a_fresh_process(site: Site) -> None:
         record = session.to_record()
         session = site.session(config, heard)
         session.restore(record, prompt)
-        assert session.to_record()["payoff"] == record["payoff"]
+        assert session.to_record()["measured"]["payoff"] == record["measured"]["payoff"]
         cloud.submit("a", upload, 0.0)
         ((_, answer),) = cloud.step(0.0)
         upload = session.answer(answer)  # type: ignore[arg-type]

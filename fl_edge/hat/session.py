@@ -160,9 +160,17 @@ class DeviceSession:
     def to_record(self) -> dict[str, Any]:
         """Return where the request under way stands, as plain values, for :meth:`restore`."""
         place = self._place(self._current())
-        measured = {"monitor": self.monitor.to_record(), "payoff": self._payoff.to_record()}
         began = time.time() - (self._clock() - self._started)  # by the one clock that processes share
-        return {**place, "account": asdict(self.account), "began": began, **measured}
+        return {**place, "account": asdict(self.account), "began": began, "measured": self.measured()}
+
+    def measured(self) -> dict[str, Any]:
+        """Return what was measured over all requests, as plain values, for :meth:`remember`."""
+        return {"monitor": self.monitor.to_record(), "payoff": self._payoff.to_record()}
+
+    def remember(self, measured: Mapping[str, Any]) -> None:
+        """Go on from what another process measured; before a request begins."""
+        self._pace.monitor = self.monitor = DeviceMonitor.from_record(measured["monitor"])
+        self._payoff = Payoff.from_record(measured["payoff"], self.monitor)
 
     def stands_at(self, record: Mapping[str, Any]) -> bool:
         """Return whether this is where a record of :meth:`to_record` was made."""
@@ -172,8 +180,7 @@ class DeviceSession:
 
     def restore(self, record: Mapping[str, Any], prompt: Tensor) -> None:
         """Go on where another process was."""
-        self._pace.monitor = self.monitor = DeviceMonitor.from_record(record["monitor"])
-        self._payoff = Payoff.from_record(record["payoff"], self.monitor)
+        self.remember(record["measured"])
         self._generation = self._new(int(record["request"]), prompt)
         self._generation.restore(record["text"], int(record["sent"]), record["pending"], record["parents"])
         self.account, self._sent_bytes, self._sent_at = Account(**record["account"]), 0, self._clock()

@@ -15,7 +15,7 @@ query.hat_refused    why an upload was not taken         nothing
 
 Where the process stays (`fl_edge.link.resident`), the device drafts on while the cloud verifies. Where it may not live
 from one message to the next, the text so far waits in `Context.state`, which does not leave the device either, and the
-caches are computed again.
+caches are computed again; so does what was measured of link and cloud, from one prompt to the next.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fl_edge.hat.wire import check_model, read_answer, write_upload
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.resident.staying import stays
 
-STATE = "hat"  # this client's record in Context.state
+STATE, MEASURED = "hat", "hat_measured"  # this client's records in Context.state: of a request, and over all of them
 
 log = logging.getLogger("flwr.fl_edge")
 
@@ -156,15 +156,21 @@ class HatClient:
         upload = session.answer(answer)
         if upload is not None:
             return self._uploaded(session, upload, context)
-        context.state.pop(STATE, None)
+        self._over(session, context)
         return make_content({"account": session.account.to_text(), "next": True})
 
     def _refused(self, message: Message, context: Context, work: HatWorkload) -> RecordDict:
         session, config = self._found(context, work), config_of(message)
         session.give_up()
         work.tell(int(config["request"]), str(config["reason"]))
-        context.state.pop(STATE, None)
+        self._over(session, context)
         return make_content({"next": True})
+
+    @staticmethod
+    def _over(session: DeviceSession, context: Context) -> None:
+        context.state.pop(STATE, None)
+        if not stays():
+            context.state[MEASURED] = ConfigRecord({"session": json.dumps(session.measured())})
 
     def _next(self, session: DeviceSession, number: int, context: Context, work: HatWorkload) -> RecordDict:
         """Begin with the next prompt that can be answered, or say that there are no more."""
@@ -179,7 +185,8 @@ class HatClient:
                 return self._uploaded(session, upload, context)
         self._live.pop((context.run_id, context.node_id), None)
         self._learner.forget(context)
-        context.state.pop(STATE, None)
+        for name in (STATE, MEASURED):
+            context.state.pop(name, None)
         return make_content({"end": True})
 
     def _uploaded(self, session: DeviceSession, upload: Upload, context: Context) -> RecordDict:
@@ -193,14 +200,15 @@ class HatClient:
     def _new(self, context: Context, work: HatWorkload, tokens: int) -> DeviceSession:
         adapter = self._learner.adapter(context, work) or work.adapter
         session = DeviceSession(work.model, adapter, work.config, tokens, work.seed, work.stops, work.hear)
+        if (noted := self._noted(context, MEASURED)) is not None:
+            session.remember(noted)
         self._live[context.run_id, context.node_id] = session
         return session
 
     def _found(self, context: Context, work: HatWorkload) -> DeviceSession:
         """Return the session as the last message left it: in memory, or as noted by another process."""
-        noted: Any = context.state.config_records.get(STATE)
+        record = self._noted(context, STATE)
         live = self._live.get((context.run_id, context.node_id))
-        record = None if noted is None else json.loads(noted["session"])
         if live is not None and (record is None or live.stands_at(record)):
             return live
         prompt = None if record is None else work.prompt(int(record["request"]))
@@ -209,3 +217,9 @@ class HatClient:
         session = self._new(context, work, int(record["context"]))
         session.restore(record, prompt)
         return session
+
+    @staticmethod
+    def _noted(context: Context, name: str) -> Any:
+        """Return what another process noted, or nothing."""
+        noted: Any = context.state.config_records.get(name)
+        return None if noted is None else json.loads(noted["session"])
