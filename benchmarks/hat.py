@@ -131,6 +131,7 @@ BENCHMARK = Benchmark(
         "bare_ms": Column("bare forward", "real_ms", 1),
         "rows_s": Column("rows a second", digits=0),
         "of_bare": Column("of bare"),
+        "prompt_ms": Column("prompt of 512", "real_ms", 1),
         "above_mb": Column("MB above imports", digits=0),
         "read_mb": Column("MB read", digits=0),
         "beyond_mb": Column("of the middle", digits=0),

@@ -5,6 +5,8 @@ the middle submodel with transformers' own attention and caches on the same rows
 *equal* is the strictest: 4 rows and a history of 300 for all, so that nothing has to be padded. *unequal* has 2 to 7
 rows behind 100 to 500, as devices come; the bare forward pads there, as transformers does. Both give the same numbers,
 which is checked. Ours and bare take turns; the ratio is the median over pairs.
+
+The batch is the cloud's part of TBT; its part of TTFT is a prompt of 512 tokens that comes as one upload.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from fl_edge.seeding import torch_rng
 DEVICE = torch.device(os.environ.get("FL_EDGE_DEVICE", "cpu"))
 DEVICES, CAPACITY = 16, 1024
 PAIRS, QUICK_PAIRS = 30, 6
+PROMPT, PROMPTS = 512, 5  # tokens, and how many one after the other
 LOADS = ("equal", "unequal")
 
 
@@ -74,7 +77,8 @@ def measure_cloud(model: str, load: str, quick: bool) -> dict[str, Any]:
     histories = [torch.randn(base, width, generator=generator) for base in bases]
     rows = [torch.randn(count, width, generator=generator) for count in counts]
     bare = bare_forward(middle, histories, rows)
-    cloud = make_cloud(copy.deepcopy(middle), DEVICES, capacity=CAPACITY)
+    before = _allocated()
+    cloud = make_cloud(copy.deepcopy(middle), DEVICES + 1, capacity=CAPACITY)
     for device, history in enumerate(histories):
         cloud.submit(str(device), Upload(1, 0, history, verify=False), 0.0)
     _answers(cloud)
@@ -88,15 +92,24 @@ def measure_cloud(model: str, load: str, quick: bool) -> dict[str, Any]:
     apart = max(
         float((mine.float() - theirs.float().cpu()).abs().max()) for mine, theirs in zip(ours(), bare(), strict=True)
     )
+    prompt = torch.randn(PROMPT, width, generator=generator)
+
+    def read() -> None:
+        cloud.submit("newcomer", Upload(1, 0, prompt, verify=False), 0.0)
+        _run(cloud)
+        cloud.end("newcomer", 1)
+
     times = [(_seconds(ours), _seconds(bare)) for _ in range(QUICK_PAIRS if quick else PAIRS)]
-    return {
+    found = {
         "rows": sum(counts),
         "ours_ms": 1e3 * statistics.median(mine for mine, _ in times),
         "bare_ms": 1e3 * statistics.median(theirs for _, theirs in times),
         "rows_s": sum(counts) / statistics.median(mine for mine, _ in times),
         "of_bare": statistics.median(theirs / mine for mine, theirs in times),
+        "prompt_ms": 1e3 * statistics.median(_seconds(read) for _ in range(PROMPTS)),
         "apart": apart,
     }
+    return found if DEVICE.type == "cpu" else found | {"device_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
 
 
 def _load(load: str) -> tuple[list[int], list[int]]:
@@ -183,12 +196,26 @@ class _InPlace(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def _answers(cloud: Cloud) -> list[Tensor]:
+    found = _run(cloud)
+    return [found[str(device)] for device in range(DEVICES)]
+
+
+def _run(cloud: Cloud) -> dict[str, Tensor]:
+    """Run all that waits; return the rows of each answer by device."""
     found: dict[str, Tensor] = {}
     while cloud.waiting:
         for device, answer in cloud.step(0.0):
             assert isinstance(answer, Answer), answer.reason if isinstance(answer, Refusal) else answer
             found[device] = answer.rows
-    return [found[str(device)] for device in range(DEVICES)]
+    return found
+
+
+def _allocated() -> int:
+    """Return the bytes on the accelerator that are in use, from where the peak is counted."""
+    if DEVICE.type == "cpu":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _seconds(run: Callable[[], object]) -> float:
