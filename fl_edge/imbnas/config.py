@@ -1,0 +1,60 @@
+"""Settings of IMB-NAS: what could be read of the papers and of the methods they build on, and our own choices.
+
+Sources: IMB-NAS (arXiv 2210.00136) and its restatement (arXiv 2406.16972), of which only abstracts and reviews could be
+read; the released code of LDAM-DRW (Cao et al., NeurIPS 2019) and of Single Path One-Shot (Guo et al., ECCV 2020).
+*Ours* marks what none of them states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fl_edge.config import setting
+
+PROFILES = ("exponential", "step", "natural")
+LOSSES = ("ce", "drw", "cb", "ldam", "ldam_drw", "balanced_softmax", "focal")
+
+
+@dataclass
+class TailConfig:
+    """How a long-tailed task is made of an image set, and how its classes are grouped in a report."""
+
+    profile: str = setting(
+        "exponential",
+        "sizes of the classes: falling exponentially, the second half small, or as the set has them (ours)",
+        choices=PROFILES,
+    )
+    ratio: float = setting(100.0, "rho: images of the largest class for one of the smallest", low=1.0)
+    validation_per_class: int = setting(
+        10, "images of every class that are held out for the search before the tail is cut (5 to 10: ours)", low=0
+    )
+    validation_ratio: float = setting(
+        2.0, "a validation split that comes with the data may be so unequal, largest to smallest class (ours)", low=1.0
+    )
+    many: float = setting(100.0, "classes of more training images are many-shot", low=0.0)
+    few: float = setting(20.0, "classes of fewer training images are few-shot", low=0.0)
+    group_scale: int = setting(
+        0,
+        "many and few are meant for a largest class of so many images and shrink with it; 0: they stay as they are "
+        "(ours; 500 gives CIFAR-100's shares to a small set)",
+        low=0,
+    )
+
+    def contradictions(self) -> str | None:
+        """Return what cannot hold together, or nothing."""
+        if self.few > self.many:
+            return f"few={self.few} is above many={self.many}"
+        return None
+
+
+@dataclass
+class LossConfig:
+    """Losses for long-tailed classification. Defaults are those of LDAM-DRW's released code where it has one."""
+
+    beta: float = setting(0.9999, "of the effective number; 0: equal weights, 1: inverse frequency", low=0.0, high=1.0)
+    drw_start: float = setting(
+        0.8, "share of the training after which deferred re-weighting begins (160 of 200 epochs)", low=0.0, high=1.0
+    )
+    margin: float = setting(0.5, "LDAM's largest margin, that of the smallest class", low=0.0)
+    scale: float = setting(30.0, "s: LDAM multiplies cosines by it", low=1e-6)
+    gamma: float = setting(2.0, "exponent of the focal loss (Lin et al., ICCV 2017)", low=0.0)
