@@ -58,3 +58,22 @@ class LossConfig:
     margin: float = setting(0.5, "LDAM's largest margin, that of the smallest class", low=0.0)
     scale: float = setting(30.0, "s: LDAM multiplies cosines by it", low=1e-6)
     gamma: float = setting(2.0, "exponent of the focal loss (Lin et al., ICCV 2017)", low=0.0)
+
+
+@dataclass
+class SearchConfig:
+    """Evolution and its peers. Sizes are the specification's for two cores (ours); SPOS has 50, 10, 20, 25 and 25."""
+
+    population: int = setting(16, "architectures of a generation, and of a batch of random search", low=1)
+    top: int = setting(5, "the best so many have children", low=1)
+    generations: int = setting(5, "generations behind the first population", low=0)
+    mutants: int = setting(6, "children of a generation by mutation", low=0)
+    crosses: int = setting(6, "children of a generation by crossover", low=0)
+    mutation: float = setting(0.1, "probability that a gene is drawn anew", low=0.0, high=1.0)
+    tries: int = setting(10, "tries for every wanted child", low=1)
+
+    def contradictions(self) -> str | None:
+        """Return what cannot hold together, or nothing."""
+        if self.mutants + self.crosses > self.population:
+            return f"mutants={self.mutants} and crosses={self.crosses} are more than population={self.population}"
+        return None
