@@ -77,3 +77,48 @@ class SearchConfig:
         if self.mutants + self.crosses > self.population:
             return f"mutants={self.mutants} and crosses={self.crosses} are more than population={self.population}"
         return None
+
+
+@dataclass
+class HeadConfig:
+    """Heads on a frozen backbone: one for all paths by SGD (specification, section 6), or one for each (ours)."""
+
+    epochs: int = setting(20, "epochs of the shared head, in 10 to 30", low=1)
+    batch_size: int = setting(128, "images of a step, of one random path", low=1)
+    learning_rate: float = setting(0.1, "of the shared head at the start, cosine to 0", low=0.0)
+    momentum: float = setting(0.9, "of SGD", low=0.0, high=1.0)
+    weight_decay: float = setting(5e-4, "of the shared head", low=0.0)
+    ridge: float = setting(1e-3, "of a candidate's own head, on standardised features (ours)", low=1e-9)
+    iterations: int = setting(200, "steps of L-BFGS at most (ours)", low=1)
+    tolerance: float = setting(1e-5, "L-BFGS ends where no slope is steeper (ours)", low=0.0)
+
+
+@dataclass
+class SuperConfig:
+    """Training of a super-network. SPOS: 0.5 linearly to 0 at batch 1024, weight decay 4e-5; values here are ours."""
+
+    epochs: int = setting(60, "passes over the images", low=1)
+    batch_size: int = setting(
+        64, "images a step, at most; an epoch's batches are of equal size, one more or less", low=1
+    )
+    learning_rate: float = setting(0.1, "of the first step; cosine to 0", low=0.0)
+    momentum: float = setting(0.9, "of SGD", low=0.0, high=1.0)
+    weight_decay: float = setting(5e-4, "of all weights that the step has gradients for", low=0.0)
+    sampling: str = setting(
+        "uniform",
+        "one random path a step (SPOS), or as many on one batch as a block has options, each of them once (FairNAS)",
+        choices=("uniform", "fair"),
+    )
+    crop_padding: int = setting(0, "random crops of images padded by so many pixels; 4 for CIFAR", low=0)
+    flip: bool = setting(False, "random horizontal flips")
+
+
+@dataclass
+class BatchNormConfig:
+    """Re-estimation of a path's BatchNorm statistics, from target training images."""
+
+    images: int = setting(256, "how many images (SPOS: up to 200 batches)", low=1)
+    batch_size: int = setting(256, "images in one forward pass", low=1)
+    layerwise: bool = setting(
+        True, "pool one norm after another, exactly (ours), or normalise every batch by itself and pool once (SPOS)"
+    )

@@ -1,0 +1,165 @@
+"""A head for one candidate, fitted to its cached features: multinomial regression, solved to its optimum.
+
+    phi = argmin  sum_i w_{y_i} CE(phi^T f_i + p, y_i) / sum_i w_{y_i}  +  ridge / 2 |phi|^2
+
+Source: the variant "per-candidate head" of the specification, section 6 (its own inference, not the papers'). *Ours*:
+the solver, the ridge on standardised features, and which losses allow it. The problem is strictly convex, so its
+optimum depends neither on a schedule nor on a seed, and candidates differ by their features alone.
+
+Loss and gradient are sums over samples (:func:`loss_sums`): devices can send theirs, (C, d + 1) numbers a step, and a
+server can add them and run the same solver. Such a sum equals the central one up to rounding, not to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import optimize  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fl_edge.errors import ConfigError, TrainingError
+from fl_edge.imbnas.config import HeadConfig, LossConfig
+from fl_edge.imbnas.weighting import effective_weights
+
+CONVEX = ("ce", "cb", "drw", "balanced_softmax")
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What a loss means for multinomial regression.
+
+    Attributes
+    ----------
+    weights
+        w_c, of the samples of every class, float64 (C,).
+    prior
+        p_c, added to the logits while fitting, float64 (C,).
+    counts
+        n_c over all samples that take part, (C,).
+    """
+
+    weights: Tensor
+    prior: Tensor
+    counts: Tensor
+
+    @property
+    def total(self) -> float:
+        """Return sum_i w_{y_i}."""
+        return float((self.weights * self.counts).sum())
+
+
+def make_objective(loss: str, counts: Tensor, config: LossConfig) -> Objective:
+    """Return the objective of a loss.
+
+    Parameters
+    ----------
+    loss
+        ``ce``; ``cb``: effective-number weights; ``drw``: the same, because what comes before the switch does not move
+        the optimum; ``balanced_softmax``: log n_c as a prior, that of one sample for a class without any.
+    counts
+        n_c of the training set, (C,).
+
+    Raises
+    ------
+    ConfigError
+        A loss that is not convex in the head.
+    DataError
+        No class has samples.
+    """
+    if loss not in CONVEX:
+        raise ConfigError(f"loss={loss} is not allowed for own heads; it must be one of {', '.join(CONVEX)}")
+    weights = effective_weights(counts, config.beta if loss in ("cb", "drw") else 0.0)
+    prior = counts.clamp_min(1).double().log() if loss == "balanced_softmax" else torch.zeros_like(weights)
+    return Objective(weights, prior, counts)
+
+
+def fit_head(features: Tensor, labels: Tensor, objective: Objective, config: HeadConfig) -> nn.Linear:
+    """Return the best linear head on features.
+
+    Parameters
+    ----------
+    features
+        (n, d), of training images.
+    labels
+        int64 (n,).
+    objective
+        Of the same samples.
+    config
+        ``ridge`` and the solver's bounds.
+
+    Raises
+    ------
+    TrainingError
+        Features that are not finite.
+    """
+    exact = features.double()
+    if not bool(torch.isfinite(exact).all()):
+        raise TrainingError("features that are not finite numbers; no head can be fitted to them")
+    mean, std = exact.mean(0), exact.std(0, correction=0)
+    std = torch.where(std > 1e-9 * std.max().clamp_min(1e-300), std, 1.0)  # a dead channel stays at 0
+    inputs = functional.pad((exact - mean) / std, (0, 1), value=1.0)  # the last column is the bias
+    whitener = _whitener(inputs, labels, objective, config.ridge)
+    shape = (len(objective.weights), inputs.shape[1])
+
+    def measured(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        point = torch.from_numpy(flat).to(inputs.device).reshape(shape) @ whitener
+        loss, gradient = loss_sums(point, inputs, labels, objective)
+        value = loss / objective.total + config.ridge / 2 * point.square().sum()
+        slope = (gradient / objective.total + config.ridge * point) @ whitener.T
+        return float(value), slope.flatten().cpu().numpy()
+
+    found = optimize.minimize(
+        measured,
+        np.zeros(shape[0] * shape[1]),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": config.iterations, "gtol": config.tolerance, "ftol": 0.0},
+    )
+    solution = torch.from_numpy(found.x).to(inputs.device).reshape(shape) @ whitener
+    return _linear(solution[:, :-1] / std, solution[:, -1] - (solution[:, :-1] / std) @ mean, features)
+
+
+def loss_sums(point: Tensor, inputs: Tensor, labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Return sum_i w CE, a scalar, and its gradient, (C, d + 1), both float64 and additive over samples.
+
+    Parameters
+    ----------
+    point
+        Class vectors with the bias as last column, (C, d + 1).
+    inputs
+        Standardised features with a last column of ones, (n, d + 1).
+    labels
+        int64 (n,).
+    """
+    logs = functional.log_softmax(inputs @ point.T + objective.prior, dim=1)
+    weights = objective.weights[labels, None]
+    loss = -(weights * logs.gather(1, labels[:, None])).sum()
+    errors = (logs.exp() - functional.one_hot(labels, logs.shape[1])) * weights
+    return loss, errors.T @ inputs
+
+
+def _whitener(inputs: Tensor, labels: Tensor, objective: Objective, ridge: float) -> Tensor:
+    """Return L^-1, (d + 1, d + 1), for which the Hessian in ``point = x L^-1`` is near the identity.
+
+    L L' = inputs' w inputs / (2 total) + ridge is Boehning's bound of the Hessian (1992), the same for every class.
+    """
+    weighted = inputs * objective.weights[labels, None]
+    bound = inputs.T @ weighted / (2 * objective.total)
+    bound.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(bound)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    return inverse
+
+
+def _linear(weight: Tensor, bias: Tensor, like: Tensor) -> nn.Linear:
+    with torch.device("meta"):  # nothing is drawn from torch's global state
+        head = nn.Linear(weight.shape[1], weight.shape[0])
+    head.to_empty(device=like.device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return head.requires_grad_(requires_grad=False)
