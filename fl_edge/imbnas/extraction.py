@@ -6,13 +6,13 @@ Source: IMB-NAS specification, sections 7 and 15 (test 5). *Ours*: a fresh netwo
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fl_edge.imbnas.blocks import Block, make_block, make_stem
+from fl_edge.imbnas.losses import make_head
 from fl_edge.imbnas.space import Architecture, Space
 from fl_edge.imbnas.supernet import EPSILON, PathNorm, Supernet
 
@@ -58,9 +58,14 @@ def extract(supernet: Supernet, architecture: Architecture, head: nn.Module | No
 
 
 def fresh_network(
-    space: Space, architecture: Architecture, channels: int, classes: int, generator: torch.Generator
+    space: Space,
+    architecture: Architecture,
+    channels: int,
+    classes: int,
+    generator: torch.Generator,
+    loss: str = "ce",
 ) -> Network:
-    """Return a path with drawn weights, affine BatchNorm and a linear head, to be trained from scratch.
+    """Return a path with drawn weights, affine BatchNorm and a head, to be trained from scratch.
 
     Parameters
     ----------
@@ -70,23 +75,14 @@ def fresh_network(
         Outputs of the head.
     generator
         Draws the weights, from the stem on, the head last.
+    loss
+        Name of the loss that the head must fit.
     """
     chain = [make_stem(channels, space.stem, nn.BatchNorm2d, generator)]
     for place, name in zip(space.places, space.names(space.check(architecture)), strict=True):
         block = make_block(name, place.inputs, place.outputs, place.stride, nn.BatchNorm2d, generator)
         chain += [block] if block is not None else []
-    return Network(chain, make_head(space.features, classes, generator))
-
-
-def make_head(features: int, classes: int, generator: torch.Generator) -> nn.Linear:
-    """Return a linear head (classes, features): weights drawn within torch's default bounds, bias 0."""
-    with torch.device("meta"):  # the default initialisation would draw from the global generator
-        head = nn.Linear(features, classes)
-    head.to_empty(device="cpu")
-    bound = 1 / math.sqrt(features)
-    nn.init.uniform_(head.weight, -bound, bound, generator=generator)
-    nn.init.zeros_(head.bias)
-    return head
+    return Network(chain, make_head(loss, space.features, classes, generator))
 
 
 def _plain(norm: PathNorm) -> nn.BatchNorm2d:
