@@ -70,13 +70,14 @@ FAMILIES = {
     "qwen3": Recipe(1, 4, 0, True, length=512, batch_size=4, steps=600),
 }
 LLAMA = "llama"
-SEQUENCES = 256  # that adapters and Medusa heads learn from, as long as those of the model
-COURSE = Course(steps=600, batch_size=4, rate=2e-2, token_weight=1.0)
+# sequences that adapters and Medusa's heads learn from, as long as the model's, and steps
+LESSONS = {"llama": (1024, 2400), "mistral": (256, 600), "qwen3": (256, 600)}
 
 
-def course(quick: bool) -> Course:
-    """Return how adapters are trained."""
-    return COURSE if not quick else Course(COURSE.steps // _QUICK, COURSE.batch_size, COURSE.rate, token_weight=1.0)
+def course(family: str, quick: bool) -> Course:
+    """Return how adapters and Medusa's heads are trained."""
+    steps = LESSONS[family][1] // (_QUICK if quick else 1)
+    return Course(steps, batch_size=4, rate=2e-2, token_weight=1.0)
 
 
 @functools.cache
@@ -123,7 +124,7 @@ def whole_model(
 def adapter_file(family: str, quick: bool = False) -> Path:
     """Return the file of a model's adapter; trained at the first use, in a few minutes."""
     folder = model_folder(family, quick)
-    plan = course(quick)
+    plan = course(family, quick)
 
     def make(into: Path) -> None:
         print(f"training the adapter of {family}, {plan.steps} steps, once on this machine ...", flush=True)
@@ -132,7 +133,7 @@ def adapter_file(family: str, quick: bool = False) -> Path:
         train(adapter, device, lessons(family, quick), plan, 0)
         save_adapter(adapter, device, into / "adapter.safetensors")
 
-    key = content_key(_FORM, folder.name, FAMILIES[family].shallow, SEQUENCES, plan)
+    key = content_key(_FORM, folder.name, FAMILIES[family].shallow, LESSONS[family], plan)
     return made_once("hat", key, make, f"the adapter of {family}") / "adapter.safetensors"
 
 
@@ -149,7 +150,7 @@ def lessons(family: str, quick: bool = False) -> Lessons:
 def lesson_tokens(family: str) -> Tensor:
     """Return the text that adapters and Medusa heads learn from, (sequences, length) int64."""
     tokens, length = _tokens("train"), FAMILIES[family].length
-    starts = torch.randint(len(tokens) - length, (SEQUENCES, 1), generator=torch_rng(0, "lessons", family))
+    starts = torch.randint(len(tokens) - length, (LESSONS[family][0], 1), generator=torch_rng(0, "lessons", family))
     return tokens[starts + torch.arange(length)]
 
 
