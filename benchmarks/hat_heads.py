@@ -1,4 +1,7 @@
-"""Medusa's heads for the models of :mod:`benchmarks.hat_models`, from the adapter's lessons and by its course."""
+"""Medusa's heads for the models of :mod:`benchmarks.hat_models`, from the adapter's lessons and by its course.
+
+Of learning rates from 0.005 to 0.04 the adapter's own, 0.02, gave them the longest accept length on other prompts.
+"""
 
 from __future__ import annotations
 
