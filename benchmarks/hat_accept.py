@@ -29,6 +29,7 @@ _BASE = HatConfig(guesses=0, chunking="none")
 PAPERS, OURS, MEDUSA_DRAFTS = "HAT, threshold 0.6", "HAT, threshold 0.1", "U-Medusa, trees of 9"
 DRAFTS: Mapping[str, HatConfig] = {
     PAPERS: _BASE,
+    "HAT, threshold 0.3": replace(_BASE, threshold=0.3),
     OURS: replace(_BASE, threshold=0.1),
     "HAT, threshold 0": replace(_BASE, threshold=0.0),
     "HAT, threshold 0.1, temperature 1": replace(_BASE, threshold=0.1, temperature=1.0),
