@@ -54,11 +54,14 @@ class SourceConfig(PartitionConfig):
 class DataConfig(SourceConfig):
     """Data set of images and partition."""
 
-    BUNDLED: ClassVar[tuple[str, ...]] = ("digits",)
+    BUNDLED: ClassVar[tuple[str, ...]] = ("digits", "synthetic")
 
     source: str = setting(
-        "digits", "digits (comes with scikit-learn), a local folder, or the name of an image data set on the hub"
+        "digits",
+        "digits (comes with scikit-learn), synthetic (shapes and textures of CIFAR's size, made on the spot), a local "
+        "folder, or the name of an image data set on the hub",
     )
+    per_class: int = setting(600, "images of a class of synthetic, before a part is kept to test on", low=2)
     image_column: str = setting("", "column of the images; empty: found by its type")
     image_size: int = setting(0, "height and width in pixels after resizing; 0: as they are", low=0)
     color: str = setting("auto", "channels of an image; auto: as the first image has", choices=("auto", "rgb", "gray"))

@@ -1,7 +1,8 @@
 """Images and labels in memory, loaded once a process.
 
-The default is scikit-learn's bundled set of handwritten digits (1,797 of 8x8 pixels, 10 classes), which needs no
-network. Everything else goes through :mod:`fl_edge.data.hub`.
+Two sets need no network: the default, scikit-learn's bundled handwritten digits (1,797 of 8x8 pixels, 10 classes), and
+what :mod:`fl_edge.data.synthetic` draws. CIFAR's own folders are read by :mod:`fl_edge.data.cifar`, and everything else
+through :mod:`fl_edge.data.hub`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fl_edge.data.cifar import is_cifar, open_cifar
 from fl_edge.data.config import DataConfig
 from fl_edge.data.holdout import hold_out
 from fl_edge.data.hub import open_tables
+from fl_edge.data.synthetic import CLASSES, synthetic_images
 from fl_edge.data.table import Table
 
 _LOADING = threading.RLock()  # clients in threads of one process would load the same data side by side
@@ -137,27 +140,44 @@ def _read(config: DataConfig, seed: int, train: bool) -> ImageSet:
 
 @functools.lru_cache(maxsize=2)
 def _open(config: DataConfig, seed: int) -> tuple[Split, Split]:
-    if config.source == "digits":
-        pixels, labels = _digits(config)
-        classes = [str(digit) for digit in range(10)]
-        return _stratified(pixels, labels, classes, config, seed)
+    if config.source in config.BUNDLED:
+        pixels, labels, classes = _digits() if config.source == "digits" else _synthetic(config)
+        return _stratified(_as_asked(pixels, config), labels, classes, config, seed)
+    if is_cifar(config.source):
+        training, testing, classes = open_cifar(config)
+        whole = [_whole(_as_asked(images, config), labels, classes) for images, labels in (training, testing)]
+        return whole[0], whole[1]
     train, test, classes = open_tables(config)
     if test is None:
         return _stratified(train, train.labels, classes, config, seed)
-    whole = [Split(t, np.arange(len(t.labels)), t.labels, classes) for t in (train, test)]
-    return whole[0], whole[1]
+    return _whole(train, train.labels, classes), _whole(test, test.labels, classes)
 
 
-def _digits(config: DataConfig) -> tuple[Tensor, NDArray[np.int64]]:
+def _whole(pixels: Table | Tensor, labels: NDArray[np.int64], classes: list[str]) -> Split:
+    return Split(pixels, np.arange(len(labels)), labels, classes)
+
+
+def _digits() -> tuple[Tensor, NDArray[np.int64], list[str]]:
     from sklearn.datasets import load_digits  # noqa: PLC0415 - heavy
 
     loaded = load_digits()
     images = torch.from_numpy(loaded.images).float().div(16).unsqueeze(1)  # pixels are 0 to 16
+    return images, loaded.target.astype(np.int64), [str(digit) for digit in range(10)]
+
+
+def _synthetic(config: DataConfig) -> tuple[Tensor, NDArray[np.int64], list[str]]:
+    return *synthetic_images(config.per_class), list(CLASSES)
+
+
+def _as_asked(images: Tensor, config: DataConfig) -> Tensor:
+    """Resize and recolour images, uint8 or float in [0, 1]; what is resized becomes float."""
     if config.image_size:
         size = (config.image_size, config.image_size)
-        images = functional.interpolate(images, size, mode="bilinear", antialias=True)
-    images = images.expand(-1, 3, -1, -1) if config.color == "rgb" else images
-    return images, loaded.target.astype(np.int64)
+        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
+        images = functional.interpolate(scaled, size, mode="bilinear", antialias=True)
+    if config.color == "gray" and images.shape[1] == 3:
+        images = images.float().mean(dim=1, keepdim=True).to(images.dtype)
+    return images.expand(-1, 3, -1, -1) if config.color == "rgb" else images
 
 
 def _stratified(
