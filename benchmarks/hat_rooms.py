@@ -84,8 +84,10 @@ def serve(
 @torch.no_grad()
 def greedy(whole: Any, prompt: Tensor, new_tokens: int) -> list[int]:
     """Return what transformers' ``generate`` makes of a prompt (n,)."""
+    ids = prompt[None].to(whole.device)
+    mask = torch.ones_like(ids)  # without one, transformers overlooks tokens that end a text and pad, too
     found = whole.generate(
-        prompt[None].to(whole.device), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False
+        ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False
     )
     tokens: list[int] = found[0, len(prompt) :].tolist()
     return tokens
