@@ -7,7 +7,7 @@ read; the released code of LDAM-DRW (Cao et al., NeurIPS 2019) and of Single Pat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fl_edge.config import setting
 
@@ -81,13 +81,16 @@ class SearchConfig:
 
 @dataclass
 class HeadConfig:
-    """Heads on a frozen backbone: one for all paths by SGD (specification, section 6), or one for each (ours)."""
+    """Heads on a trained backbone: one for all paths by SGD (specification, section 6), or one for each (ours)."""
 
     epochs: int = setting(20, "epochs of the shared head, in 10 to 30", low=1)
     batch_size: int = setting(128, "images of a step, of one random path", low=1)
     learning_rate: float = setting(0.1, "of the shared head at the start, cosine to 0", low=0.0)
     momentum: float = setting(0.9, "of SGD", low=0.0, high=1.0)
     weight_decay: float = setting(5e-4, "of the shared head", low=0.0)
+    backbone_rate: float = setting(
+        0.1, "where the backbone is tuned as well (P2), its learning rate by so much", low=0.0
+    )
     ridge: float = setting(1e-3, "of a candidate's own head, on standardised features (ours)", low=1e-9)
     iterations: int = setting(200, "steps of L-BFGS at most (ours)", low=1)
     tolerance: float = setting(1e-5, "L-BFGS ends where no slope is steeper (ours)", low=0.0)
@@ -122,3 +125,45 @@ class BatchNormConfig:
     layerwise: bool = setting(
         True, "pool one norm after another, exactly (ours), or normalise every batch by itself and pool once (SPOS)"
     )
+
+
+@dataclass
+class AdaptConfig:
+    """Everything that adapting a super-network to a target and scoring its paths takes."""
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    scratch: SuperConfig = field(default_factory=SuperConfig)
+    batchnorm: BatchNormConfig = field(default_factory=BatchNormConfig)
+
+
+@dataclass
+class RetrainConfig:
+    """Training of one architecture from scratch: LDAM-DRW's trainer (specification, section 4), epochs as shares."""
+
+    epochs: int = setting(200, "passes over the training images", low=1)
+    batch_size: int = setting(128, "images a step", low=2)
+    learning_rate: float = setting(0.1, "of SGD, behind the warm-up", low=0.0)
+    momentum: float = setting(0.9, "of SGD", low=0.0, high=1.0)
+    weight_decay: float = setting(2e-4, "of all weights", low=0.0)
+    warmup: float = setting(0.025, "share of the training in which the rate rises linearly (5 of 200 epochs)", low=0.0)
+    first_drop: float = setting(0.8, "share after which the rate is dropped (160 of 200 epochs)", low=0.0, high=1.0)
+    first_factor: float = setting(0.01, "of the rate from then on", low=0.0, high=1.0)
+    second_drop: float = setting(0.9, "share after which it is dropped again (180 of 200 epochs)", low=0.0, high=1.0)
+    second_factor: float = setting(1e-4, "of the rate from then on", low=0.0, high=1.0)
+    crop_padding: int = setting(4, "random crops of images padded by so many pixels; 4 for 32x32", low=0)
+    flip: bool = setting(True, "random horizontal flips; not for digits")
+
+    def contradictions(self) -> str | None:
+        """Return what cannot hold together, or nothing."""
+        if not self.warmup <= self.first_drop <= self.second_drop:
+            return f"warmup={self.warmup}, first_drop={self.first_drop}, second_drop={self.second_drop} must not fall"
+        return None
+
+    def learning_rate_at(self, progress: float) -> float:
+        """Return the rate when a share of the training, in [0, 1), is done."""
+        if progress >= self.second_drop:
+            return self.learning_rate * self.second_factor
+        if progress >= self.first_drop:
+            return self.learning_rate * self.first_factor
+        return self.learning_rate * min(1.0, progress / self.warmup) if self.warmup else self.learning_rate

@@ -1,0 +1,118 @@
+"""The score of a path: class-mean accuracy on a validation split, after its BatchNorm statistics were estimated anew.
+
+Source: the fitness of SPOS, accuracy after re-estimation, with the class mean in place of the plain one (specification,
+sections 6 and 7). *Ours*: a head of its own for each candidate where the procedure says so.
+
+A tally is integers by class, so tallies of any shards of the validation split add up to that of the whole, exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fl_edge.data.images import ImageSet
+from fl_edge.errors import DataError
+from fl_edge.imbnas.adaptation import Adapted
+from fl_edge.imbnas.batchnorm import statistics, store
+from fl_edge.imbnas.config import AdaptConfig, BatchNormConfig
+from fl_edge.imbnas.heads import fit_head, make_objective
+from fl_edge.imbnas.search import Score
+from fl_edge.imbnas.space import Architecture
+from fl_edge.imbnas.supernet import Supernet
+from fl_edge.imbnas.tally import Tally
+from fl_edge.seeding import torch_rng
+
+_BATCH = 512  # images of a forward pass without gradients
+
+
+@dataclass(eq=False)
+class Scorer:
+    """Scores paths of an adapted super-network, one after another.
+
+    Parameters
+    ----------
+    adapted
+        See :func:`fl_edge.imbnas.adaptation.adapt`.
+    config
+        How many images the statistics take; ridge and loss of own heads.
+    seed
+        Of the experiment; decides which images the statistics take, the same for all paths.
+    """
+
+    adapted: Adapted
+    config: AdaptConfig
+    seed: int
+
+    def __post_init__(self) -> None:
+        device = next(self.adapted.supernet.parameters()).device
+        self._images = on_device(self.adapted.images, device)
+        self._batches = calibration(self._images, self.config.batchnorm, self.seed)
+
+    def prepare(self, architecture: Architecture) -> nn.Module:
+        """Store a path's statistics in the super-network and return the head that goes with it."""
+        supernet = self.adapted.supernet
+        found = statistics(supernet, architecture, self._batches, layerwise=self.config.batchnorm.layerwise)
+        store(supernet, architecture, found)
+        if self.adapted.head is not None:
+            return self.adapted.head
+        counts = self._images.label_counts()
+        objective = make_objective(self.adapted.procedure.loss, counts, self.config.loss)
+        inputs = features(supernet, architecture, self._images)
+        return fit_head(inputs, self._images.labels, objective, self.config.head)
+
+    def tally(self, architecture: Architecture, images: ImageSet) -> Tally:
+        """Return a path's right answers by class on a validation split or a shard of it."""
+        head = self.prepare(architecture)
+        return count(self.adapted.supernet, head, architecture, images)
+
+    def on(self, images: ImageSet) -> Score:
+        """Return the score of paths on a validation split, class-mean accuracy in [0, 1], as searches take it.
+
+        Raises
+        ------
+        DataError
+            A validation split without images.
+        """
+        if not len(images):
+            raise DataError("the validation split has no images; a search needs at least one to score candidates")
+        return lambda architecture: self.tally(architecture, images).balanced
+
+
+def calibration(images: ImageSet, config: BatchNormConfig, seed: int) -> list[Tensor]:
+    """Return the images that statistics are estimated from, float32 (b, c, h, w) each: a draw, or all there are."""
+    chosen = torch.randperm(len(images), generator=torch_rng(seed, "batchnorm"))[: config.images]
+    inputs, _ = images.batch(chosen.to(images.labels.device))
+    return list(torch.split(inputs, config.batch_size))
+
+
+@torch.no_grad()
+def features(supernet: Supernet, architecture: Architecture, images: ImageSet) -> Tensor:
+    """Return a path's features (n, d) with its stored statistics, images in order."""
+    supernet.eval()
+    inputs, _ = images.batch()
+    return torch.cat([supernet(part, architecture) for part in torch.split(inputs, _BATCH)])
+
+
+@torch.no_grad()
+def count(supernet: Supernet, head: nn.Module, architecture: Architecture, images: ImageSet) -> Tally:
+    """Return a path's right answers by class, with its stored statistics.
+
+    Parameters
+    ----------
+    images
+        A validation split, or one device's shard of it; it may be empty.
+    """
+    head.eval()
+    images = on_device(images, next(supernet.parameters()).device)
+    if not len(images):
+        return Tally.empty(len(images.classes))
+    predictions = head(features(supernet, architecture, images)).argmax(1)
+    return Tally.of(predictions, images.labels, len(images.classes))
+
+
+def on_device(images: ImageSet, device: torch.device) -> ImageSet:
+    """Return the set with its tensors on a device."""
+    return replace(images, images=images.images.to(device), labels=images.labels.to(device))
