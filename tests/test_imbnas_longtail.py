@@ -58,6 +58,7 @@ def test_step_profile() -> None:
     assert tail_counts("step", 7, 5, 2) == [7, 7, 3, 3, 3]
 
 
+@settings(deadline=None)
 @given(largest=st.integers(1, 6000), classes=st.integers(2, 200), profile=st.sampled_from(["exponential", "step"]))
 def test_a_ratio_as_large_as_the_largest_class_leaves_one_image(largest: int, classes: int, profile: str) -> None:
     counts = tail_counts(profile, largest, classes, largest)
@@ -66,7 +67,7 @@ def test_a_ratio_as_large_as_the_largest_class_leaves_one_image(largest: int, cl
         tail_counts(profile, largest, classes, largest + 0.5)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), sizes=st.lists(st.integers(20, 40), min_size=2, max_size=6), held=st.integers(0, 9))
 def test_splits_are_disjoint_and_the_validation_split_is_balanced(seed: int, sizes: list[int], held: int) -> None:
     made = task(sizes, seed, ratio=10, validation_per_class=held)

@@ -41,6 +41,7 @@ def test_weights_are_those_of_the_effective_number(beta: Fraction) -> None:
     np.testing.assert_allclose(weights.numpy(), exact_weights(counts, beta), rtol=1e-12)
 
 
+@settings(deadline=None)
 @given(counts=some_counts, beta=st.sampled_from([0.0, 0.9, 0.999, 0.9999, 1.0]))
 def test_weights_sum_to_the_number_of_classes(counts: list[int], beta: float) -> None:
     weights = effective_weights(torch.tensor(counts), beta)
@@ -126,7 +127,7 @@ def test_margins_grow_as_classes_shrink() -> None:
     assert ldam_margins(torch.tensor([16, 1, 0]), 0.5).tolist() == [0.25, 0.5, 0.0]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(counts=some_counts, name=st.sampled_from(LOSSES), seed=st.integers(0, 100), progress=st.sampled_from([0.0, 0.9]))
 def test_absent_classes_and_single_samples_make_no_nan(
     counts: list[int], name: str, seed: int, progress: float
