@@ -15,12 +15,12 @@ from fl_edge.imbnas.supernet import Supernet
 from fl_edge.seeding import numpy_rng, torch_rng
 
 SPACES = [digits_space(), cifar_space(4)]
-CUTS = st.lists(st.integers(0, 30), max_size=4)
+CUTS = st.lists(st.integers(0, 150), max_size=4)
 
 
 def make(seed: int) -> tuple[Supernet, tuple[int, ...], Tensor]:
     space = SPACES[seed % 2]
-    images = torch.randn(30, 1, 8, 8, generator=torch_rng(seed, "images")) * 3 + 1
+    images = torch.randn(150, 1, 8, 8, generator=torch_rng(seed, "images")) * 3 + 1
     return Supernet(space, 1, torch_rng(seed)), random(space, numpy_rng(seed)), images
 
 
@@ -60,7 +60,7 @@ def test_they_are_those_of_one_batch_of_everything(seed: int) -> None:
 def test_layerwise_they_do_not_depend_on_batches_or_order(seed: int, cuts: list[int]) -> None:
     supernet, architecture, images = make(seed)
     whole = statistics(supernet, architecture, [images])
-    assert close(statistics(supernet, architecture, shards(images, cuts, seed)), whole)
+    assert same(statistics(supernet, architecture, shards(images, cuts, seed)), whole)
 
 
 @settings(max_examples=20, deadline=None)
@@ -74,7 +74,7 @@ def test_devices_and_a_server_find_what_one_process_finds(seed: int, cuts: list[
         pooled = pool(parts)
         assert same(pool(reversed(parts)), pooled)
         known = (*known, *pooled)
-    assert same(known, statistics(supernet, architecture, devices))
+    assert same(known, statistics(supernet, architecture, [images]))
 
 
 @settings(max_examples=20, deadline=None)

@@ -7,8 +7,8 @@ images are cut into batches or spread over devices, nor on any order: one device
 process that is a single forward pass; between devices it is one exchange a norm. ``batch`` is SPOS's way, one pass and
 one exchange: every batch is normalised by itself, and only the sums are pooled.
 
-Sums of every image are rounded to multiples of 2^-20, so that adding them in any order gives the same bits, as long as
-they stay below 2^33; beyond that float64 rounds them as usual.
+Equal to the bit, too: images pass in chunks of one size, and the sums of every image are rounded to multiples of 2^-20,
+so that they add up exactly in any order as long as they stay below 2^33; beyond that float64 rounds them as usual.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from torch.nn import functional
 
 from fl_edge.errors import DataError
 from fl_edge.imbnas.blocks import Block
+from fl_edge.imbnas.chunks import chunks
 from fl_edge.imbnas.space import Architecture
 from fl_edge.imbnas.supernet import EPSILON, PathNorm, Supernet
+
+Parts = Sequence[tuple[Tensor, int]]  # batches, and how much of each is images
+Walk = Generator[Tensor, Tensor, None]
 
 _GRID = 2.0**20
 
@@ -104,8 +108,9 @@ def statistics(
         Normalise with the sums of all batches, or every batch by itself.
     """
     path = supernet.path(architecture)
-    groups = [batches] if layerwise else [[images] for images in batches]
-    return pool(_advance(path, group) for group in groups or [[]])
+    if layerwise:
+        return _advance(path, _chunks(batches))
+    return pool(_advance(path, group) for group in [[(images, len(images))] for images in batches] or [[]])
 
 
 @torch.no_grad()
@@ -124,11 +129,12 @@ def next_moments(
         Pooled statistics of the norms before, fewer than the path has.
     """
     path = supernet.path(architecture)
-    walks = [_walk(path, images) for images in batches]
+    parts = _chunks(batches)
+    walks = [_walk(path, images) for images, _ in parts]
     inputs = [next(walk) for walk in walks]
     for moments in known:
-        inputs = [walk.send(_normalised(values, moments)) for walk, values in zip(walks, inputs, strict=True)]
-    return _pooled(inputs, norms(supernet, architecture)[len(known)])
+        inputs = _onward(walks, inputs, moments)
+    return _pooled(inputs, parts, norms(supernet, architecture)[len(known)])
 
 
 def store(supernet: Supernet, architecture: Architecture, found: Statistics) -> None:
@@ -152,7 +158,7 @@ def norms(supernet: Supernet, architecture: Architecture) -> list[PathNorm]:
     return [layer for block in supernet.path(architecture) for layer in block.body if isinstance(layer, PathNorm)]
 
 
-def _walk(path: Sequence[Block], images: Tensor) -> Generator[Tensor, Tensor, None]:
+def _walk(path: Sequence[Block], images: Tensor) -> Walk:
     """Run a path, stopping at every norm: yield what goes in, take what comes out."""
     for block in path:
         inputs = images
@@ -161,21 +167,31 @@ def _walk(path: Sequence[Block], images: Tensor) -> Generator[Tensor, Tensor, No
         images = block.join(inputs, images)
 
 
-def _advance(path: Sequence[Block], batches: Sequence[Tensor]) -> Statistics:
-    """Let all batches stop at each norm until their sums are together."""
+def _advance(path: Sequence[Block], parts: Parts) -> Statistics:
+    """Let all parts stop at each norm until their sums are together."""
     places = [layer for block in path for layer in block.body if isinstance(layer, PathNorm)]
-    walks = [_walk(path, images) for images in batches]
+    walks = [_walk(path, images) for images, _ in parts]
     inputs = [next(walk) for walk in walks]
-    found = [_pooled(inputs, places[0])]
+    found = [_pooled(inputs, parts, places[0])]
     for norm in places[1:]:
-        inputs = [walk.send(_normalised(values, found[-1])) for walk, values in zip(walks, inputs, strict=True)]
-        found.append(_pooled(inputs, norm))
+        inputs = _onward(walks, inputs, found[-1])
+        found.append(_pooled(inputs, parts, norm))
     return tuple(found)
 
 
-def _pooled(inputs: Iterable[Tensor], norm: PathNorm) -> Moments:
+def _onward(walks: Sequence[Walk], inputs: Sequence[Tensor], moments: Moments) -> list[Tensor]:
+    """Normalise what stands in front of a norm, and let it go on to the next."""
+    return [walk.send(_normalised(values, moments)) for walk, values in zip(walks, inputs, strict=True)]
+
+
+def _chunks(batches: Sequence[Tensor]) -> Parts:
+    return chunks(torch.cat(list(batches))) if batches else []
+
+
+def _pooled(inputs: Sequence[Tensor], parts: Parts, norm: PathNorm) -> Moments:
     nothing = torch.zeros_like(norm.mean, dtype=torch.float64)
-    return sum(map(_moments, inputs), Moments(0, nothing, nothing))
+    found = (_moments(values[:count]) for values, (_, count) in zip(inputs, parts, strict=True))
+    return sum(found, Moments(0, nothing, nothing))
 
 
 def _moments(values: Tensor) -> Moments:

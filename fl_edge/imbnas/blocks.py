@@ -85,7 +85,7 @@ OPTIONS = {
     "sep3": Option(_separable(3)),
     "sep5": Option(_separable(5)),
     "narrow3": Option(
-        lambda inputs, outputs: (Conv(inputs, _NARROW, 1), Conv(_NARROW, outputs, 3, strided=True)), residual=False
+        lambda inputs, outputs: (Conv(inputs, _NARROW, 3, strided=True), Conv(_NARROW, outputs, 1)), residual=False
     ),
     "identity": Option(_nothing, resizes=False),
     "zero": Option(_nothing, residual=False),
