@@ -17,6 +17,7 @@ from fl_edge.data.images import ImageSet
 from fl_edge.errors import DataError
 from fl_edge.imbnas.adaptation import Adapted
 from fl_edge.imbnas.batchnorm import statistics, store
+from fl_edge.imbnas.chunks import in_chunks
 from fl_edge.imbnas.config import AdaptConfig, BatchNormConfig
 from fl_edge.imbnas.heads import fit_head, make_objective
 from fl_edge.imbnas.search import Score
@@ -24,8 +25,6 @@ from fl_edge.imbnas.space import Architecture
 from fl_edge.imbnas.supernet import Supernet
 from fl_edge.imbnas.tally import Tally
 from fl_edge.seeding import torch_rng
-
-_BATCH = 512  # images of a forward pass without gradients
 
 
 @dataclass(eq=False)
@@ -92,25 +91,25 @@ def calibration(images: ImageSet, config: BatchNormConfig, seed: int) -> list[Te
 def features(supernet: Supernet, architecture: Architecture, images: ImageSet) -> Tensor:
     """Return a path's features (n, d) with its stored statistics, images in order."""
     supernet.eval()
-    inputs, _ = images.batch()
-    return torch.cat([supernet(part, architecture) for part in torch.split(inputs, _BATCH)])
+    return in_chunks(lambda part: supernet(part, architecture), images.batch()[0])
 
 
 @torch.no_grad()
 def count(supernet: Supernet, head: nn.Module, architecture: Architecture, images: ImageSet) -> Tally:
     """Return a path's right answers by class, with its stored statistics.
 
+    An image's answer does not depend on the others, to the bit, so tallies of shards add up to that of the whole.
+
     Parameters
     ----------
     images
         A validation split, or one device's shard of it; it may be empty.
     """
+    supernet.eval()
     head.eval()
     images = on_device(images, next(supernet.parameters()).device)
-    if not len(images):
-        return Tally.empty(len(images.classes))
-    predictions = head(features(supernet, architecture, images)).argmax(1)
-    return Tally.of(predictions, images.labels, len(images.classes))
+    scores = in_chunks(lambda part: head(supernet(part, architecture)), images.batch()[0])
+    return Tally.of(scores.argmax(1), images.labels, len(images.classes))
 
 
 def on_device(images: ImageSet, device: torch.device) -> ImageSet:
