@@ -167,3 +167,28 @@ class RetrainConfig:
         if progress >= self.first_drop:
             return self.learning_rate * self.first_factor
         return self.learning_rate * min(1.0, progress / self.warmup) if self.warmup else self.learning_rate
+
+
+@dataclass
+class FederatedConfig:
+    """IMB-NAS over devices (ours: the papers know none). Rounds share out the epochs of the central trainings."""
+
+    procedure: str = setting(
+        "own",
+        "heads on the frozen super-network: one for each candidate, fitted to sums over devices, or one for all, by "
+        "federated averaging, re-weighted late (P1) or not (P1-CE)",
+        choices=("own", "P1", "P1-CE"),
+    )
+    head_rounds: int = setting(10, "rounds that share out head.epochs", low=1)
+    final_loss: str = setting("balanced_softmax", "loss of the final training", choices=LOSSES)
+    final_rounds: int = setting(40, "rounds that share out final.epochs; 0: it ends with the search", low=0)
+    compare: bool = setting(
+        True, "also search without adaptation (P0), and train its choice and a small ResNet in the same final rounds"
+    )
+    limit: int = setting(0, "most multiply-adds of an architecture; 0: no limit", low=0)
+    fewest: int = setting(1, "devices that must be left for the search to go on", low=1)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    batchnorm: BatchNormConfig = field(default_factory=BatchNormConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    final: RetrainConfig = field(default_factory=RetrainConfig)

@@ -12,6 +12,7 @@ server can add them and run the same solver. Such a sum equals the central one u
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ from fl_edge.imbnas.config import HeadConfig, LossConfig
 from fl_edge.imbnas.weighting import effective_weights
 
 CONVEX = ("ce", "cb", "drw", "balanced_softmax")
+
+Measure = Callable[[Tensor], tuple[Tensor, Tensor]]  # class vectors -> loss and gradient, summed over samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,10 @@ class Objective:
     def total(self) -> float:
         """Return sum_i w_{y_i}."""
         return float((self.weights * self.counts).sum())
+
+    def to(self, device: torch.device) -> Objective:
+        """Return it on a device."""
+        return Objective(self.weights.to(device), self.prior.to(device), self.counts.to(device))
 
 
 def make_objective(loss: str, counts: Tensor, config: LossConfig) -> Objective:
@@ -99,15 +106,39 @@ def fit_head(features: Tensor, labels: Tensor, objective: Objective, config: Hea
     exact = features.double()
     if not bool(torch.isfinite(exact).all()):
         raise TrainingError("features that are not finite numbers; no head can be fitted to them")
-    mean, std = exact.mean(0), exact.std(0, correction=0)
-    std = torch.where(std > 1e-9 * std.max().clamp_min(1e-300), std, 1.0)  # a dead channel stays at 0
-    inputs = functional.pad((exact - mean) / std, (0, 1), value=1.0)  # the last column is the bias
-    whitener = _whitener(inputs, labels, objective, config.ridge)
-    shape = (len(objective.weights), inputs.shape[1])
+    mean, std = exact.mean(0), usable(exact.std(0, correction=0))
+    inputs = standardised(exact, mean, std)
+    gram = gram_sums(inputs, labels, objective)
+    point = solve(lambda at: loss_sums(at, inputs, labels, objective), gram, objective, config)
+    return linear_head(point, mean, std, features)
+
+
+def usable(std: Tensor) -> Tensor:
+    """Return standard deviations to divide by, (d,): a dead channel, which has none, stays at 0."""
+    return torch.where(std > 1e-9 * std.max().clamp_min(1e-300), std, 1.0)
+
+
+def standardised(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return float64 features (n, d) of mean 0 and deviation 1, and a last column of ones for the bias, (n, d + 1)."""
+    return functional.pad((features - mean) / std, (0, 1), value=1.0)
+
+
+def solve(measure: Measure, gram: Tensor, objective: Objective, config: HeadConfig) -> Tensor:
+    """Return the best class vectors with the bias as last column, (C, d + 1), for standardised features.
+
+    Parameters
+    ----------
+    measure
+        Such vectors -> :func:`loss_sums` over all samples, wherever they are.
+    gram
+        :func:`gram_sums` over all samples.
+    """
+    whitener = _whitener(gram, objective, config.ridge)
+    shape = (len(objective.weights), len(gram))
 
     def measured(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        point = torch.from_numpy(flat).to(inputs.device).reshape(shape) @ whitener
-        loss, gradient = loss_sums(point, inputs, labels, objective)
+        point = torch.from_numpy(flat).to(gram.device).reshape(shape) @ whitener
+        loss, gradient = measure(point)
         value = loss / objective.total + config.ridge / 2 * point.square().sum()
         slope = (gradient / objective.total + config.ridge * point) @ whitener.T
         return float(value), slope.flatten().cpu().numpy()
@@ -119,8 +150,7 @@ def fit_head(features: Tensor, labels: Tensor, objective: Objective, config: Hea
         method="L-BFGS-B",
         options={"maxiter": config.iterations, "gtol": config.tolerance, "ftol": 0.0},
     )
-    solution = torch.from_numpy(found.x).to(inputs.device).reshape(shape) @ whitener
-    return _linear(solution[:, :-1] / std, solution[:, -1] - (solution[:, :-1] / std) @ mean, features)
+    return torch.from_numpy(found.x).to(gram.device).reshape(shape) @ whitener
 
 
 def loss_sums(point: Tensor, inputs: Tensor, labels: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -142,20 +172,27 @@ def loss_sums(point: Tensor, inputs: Tensor, labels: Tensor, objective: Objectiv
     return loss, errors.T @ inputs
 
 
-def _whitener(inputs: Tensor, labels: Tensor, objective: Objective, ridge: float) -> Tensor:
+def gram_sums(inputs: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """Return sum_i w f_i f_i', (d + 1, d + 1), additive over samples; arguments as :func:`loss_sums`."""
+    return inputs.T @ (inputs * objective.weights[labels, None])
+
+
+def _whitener(gram: Tensor, objective: Objective, ridge: float) -> Tensor:
     """Return L^-1, (d + 1, d + 1), for which the Hessian in ``point = x L^-1`` is near the identity.
 
-    L L' = inputs' w inputs / (2 total) + ridge is Boehning's bound of the Hessian (1992), the same for every class.
+    L L' = gram / (2 total) + ridge is Boehning's bound of the Hessian (1992), the same for every class.
     """
-    weighted = inputs * objective.weights[labels, None]
-    bound = inputs.T @ weighted / (2 * objective.total)
+    bound = gram / (2 * objective.total)
     bound.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(bound)
     inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
     return inverse
 
 
-def _linear(weight: Tensor, bias: Tensor, like: Tensor) -> nn.Linear:
+def linear_head(point: Tensor, mean: Tensor, std: Tensor, like: Tensor) -> nn.Linear:
+    """Return a solution as a layer for features as they are, on the device of others."""
+    scaled = point[:, :-1] / std
+    weight, bias = scaled, point[:, -1] - scaled @ mean
     with torch.device("meta"):  # nothing is drawn from torch's global state
         head = nn.Linear(weight.shape[1], weight.shape[0])
     head.to_empty(device=like.device)

@@ -13,6 +13,7 @@ from torch import nn
 
 from fl_edge.data.images import ImageSet
 from fl_edge.errors import DataError, TrainingError
+from fl_edge.imbnas.adaptation import Turn
 from fl_edge.imbnas.augmentation import augment
 from fl_edge.imbnas.config import LossConfig, RetrainConfig
 from fl_edge.imbnas.extraction import Network, fresh_network
@@ -22,6 +23,8 @@ from fl_edge.imbnas.scoring import on_device
 from fl_edge.imbnas.space import Architecture, Space
 from fl_edge.imbnas.tally import confusion_matrix
 from fl_edge.seeding import torch_rng
+
+_WHOLE = Turn()
 
 
 def retrain(
@@ -63,8 +66,10 @@ def make_network(space: Space, architecture: Architecture, images: ImageSet, los
     return fresh_network(space, architecture, images.shape[0], classes, torch_rng(seed, "network"), loss)
 
 
-def train_network(network: nn.Module, images: ImageSet, loss: Loss, recipe: RetrainConfig, seed: int) -> None:
-    """Train a network in place, on its device.
+def train_network(
+    network: nn.Module, images: ImageSet, loss: Loss, recipe: RetrainConfig, seed: int, *, turn: Turn = _WHOLE
+) -> float:
+    """Train a network in place, on its device, and return the mean loss of the last epoch.
 
     Parameters
     ----------
@@ -77,7 +82,9 @@ def train_network(network: nn.Module, images: ImageSet, loss: Loss, recipe: Retr
     recipe
         Settings.
     seed
-        Of the experiment.
+        Of the experiment; of this round and device in a federated training.
+    turn
+        Part of a federated training; by default the whole of a central one.
 
     Raises
     ------
@@ -101,7 +108,7 @@ def train_network(network: nn.Module, images: ImageSet, loss: Loss, recipe: Retr
         generator = torch_rng(seed, "retraining", epoch)
         total.zero_()
         for step, chosen in enumerate(torch.randperm(len(images), generator=generator).to(device).tensor_split(count)):
-            progress = (epoch + step / count) / recipe.epochs
+            progress = (turn.number + (epoch + step / count) / recipe.epochs) / turn.rounds
             for group in optimiser.param_groups:
                 group["lr"] = recipe.learning_rate_at(progress)
             inputs, labels = images.batch(chosen)
@@ -116,6 +123,7 @@ def train_network(network: nn.Module, images: ImageSet, loss: Loss, recipe: Retr
                 f"the loss is {float(total) / count} in epoch {epoch}; a learning rate below {recipe.learning_rate} "
                 "may help"
             )
+    return float(total) / count
 
 
 @torch.no_grad()
