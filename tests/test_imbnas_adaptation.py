@@ -14,6 +14,7 @@ from fl_edge.data.config import DataConfig
 from fl_edge.data.images import ImageSet, load_test, load_train
 from fl_edge.errors import ConfigError, DataError, TrainingError
 from fl_edge.imbnas.adaptation import OWN, PROCEDURES, Adaptation, Source, Turn, adapt, train_head
+from fl_edge.imbnas.batchnorm import norms
 from fl_edge.imbnas.config import (
     AdaptConfig,
     BatchNormConfig,
@@ -25,7 +26,7 @@ from fl_edge.imbnas.config import (
 )
 from fl_edge.imbnas.longtail import LongTailTask, make_task
 from fl_edge.imbnas.losses import make_head, make_loss
-from fl_edge.imbnas.scoring import Scorer, count
+from fl_edge.imbnas.scoring import Scorer, calibration, count
 from fl_edge.imbnas.search import evolve, winner
 from fl_edge.imbnas.space import Space, Stage
 from fl_edge.imbnas.supernet import Supernet
@@ -108,6 +109,30 @@ def test_a_tuned_backbone_starts_from_the_source_and_one_from_scratch_does_not()
         weight = next(adapt(PROCEDURES[name], source(), task(), BRIEF, seed=3).supernet.parameters())
         moved[name] = float((weight - start).detach().norm() / start.detach().norm())
     assert 0 < moved["P2"] < 0.5 < moved["P3"]
+
+
+def test_the_rate_of_a_tuned_backbone_is_its_own() -> None:
+    still = replace(BRIEF, head=replace(BRIEF.head, backbone_rate=0.0))
+    adapted = adapt(PROCEDURES["P2"], source(), task(), still, seed=3)
+    assert adapted.supernet is not source().supernet
+    assert same(weights(adapted.supernet), weights(source().supernet))
+    assert adapted.head is not None
+    fixed = adapt(PROCEDURES["P1"], source(), task(), BRIEF, seed=3).head
+    assert same(weights(adapted.head), weights(fixed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["P0", "P1"])
+def test_statistics_are_those_of_the_source_without_adaptation_and_of_the_target_with_it(name: str) -> None:
+    adapted = adapt(PROCEDURES[name], source(), task(), BRIEF, 0)
+    Scorer(adapted, BRIEF, seed=5).prepare(PATH)
+    images = source().images if name == "P0" else task().train
+    inputs = torch.cat(calibration(images, BRIEF.batchnorm, seed=5))
+    assert len(inputs) == BRIEF.batchnorm.images
+    weight = next(adapted.supernet.parameters())
+    channels = torch.nn.functional.conv2d(inputs, weight, padding=1).detach()
+    stored = norms(adapted.supernet, PATH)[0]
+    torch.testing.assert_close(stored.mean, channels.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(stored.variance, channels.var((0, 2, 3), correction=0), atol=1e-5, rtol=1e-4)
 
 
 def test_a_target_of_other_classes_gets_a_head_even_without_adaptation() -> None:

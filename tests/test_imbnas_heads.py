@@ -88,8 +88,10 @@ def test_a_class_of_one_or_no_sample_and_a_dead_channel(loss: str) -> None:
     features = torch.cat([features, torch.zeros(len(labels), 1)], dim=1)
     head = fit_head(features, labels, make_objective(loss, torch.tensor([40, 20, 0, 1, 0]), LossConfig()), HeadConfig())
     assert all(bool(torch.isfinite(value).all()) for value in head.parameters())
-    predicted = head(features).argmax(1)
+    scores = head(features)
+    predicted = scores.argmax(1)
     assert set(predicted.tolist()) <= {0, 1, 3}
+    assert float(scores[:, [2, 4]].mean()) < float(scores[:, [0, 1, 3]].mean()) - 1  # not where chance left them
     assert float((predicted == labels).float().mean()) > 0.8
     single = fit_head(features[:1], labels[:1], make_objective(loss, torch.tensor([1, 0]), LossConfig()), HeadConfig())
     assert int(single(features[:1]).argmax()) == 0
