@@ -102,6 +102,7 @@ def site() -> Site:
 def measure_sampling(mode: str, law: str, quick: bool) -> dict[str, Any]:
     """Return p-values of the texts of one mode, all of them and together, and whether they are those without drafts."""
     draws, seeds = (QUICK_DRAWS, QUICK_SEEDS) if quick else (DRAWS, SEEDS)
+    site()  # is made with gradients, which its users below do without
     wanted, hotter = probabilities(*LAWS[law]), probabilities(HOTTER * LAWS[law][0], LAWS[law][1])
     found = [drawn(mode, law, seed, draws) for seed in range(seeds)]
     values = [p_value(texts, wanted) for texts, _ in found]
