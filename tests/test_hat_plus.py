@@ -130,6 +130,18 @@ def test_the_second_likeliest_token_is_in_the_tree_where_the_likeliest_is_wrong(
     assert any(upload.kept and upload.kept[1:] not in ((), (1,)) for upload in link.uploads)
 
 
+def test_a_tree_may_be_whole_before_the_cloud_has_spoken() -> None:
+    device, payoff = StubDevice([Draft()]), Payoff(DeviceMonitor())
+    trees, prompt, most = GrowingTrees(device, StubAdapter(), Sampler(), payoff, 1, Clock(0.1)), torch.tensor(PROMPT), 4
+    rows = trees.read(prompt)
+    assert trees.look_ahead(most + 1, lambda: False) == most + 2  # with the first token itself, which is drafted, too
+    newest = text_after(PROMPT, 1)[0]
+    assert trees.take_in(rows[-1:], [], newest)
+    proposal = trees.propose(newest, len(PROMPT), most)
+    assert list(proposal.tokens) == text_after(PROMPT, most + 1)
+    assert payoff.leaves_s is None
+
+
 # rows in bytes
 
 

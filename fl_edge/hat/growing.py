@@ -133,8 +133,10 @@ class GrowingTrees:
         costs = self._payoff.costs
         if choice == "leaves":
             started, frontier = self._clock(), self._frontier(most)
-            self._run([node for node in frontier if not self._rows or costs is None or costs.pays(node.chance)])
-            self._payoff.leaved(self._clock() - started)
+            nodes = [node for node in frontier if not self._rows or costs is None or costs.pays(node.chance)]
+            if nodes:  # a tree may have been whole before the cloud had spoken
+                self._run(nodes)
+                self._payoff.leaved(self._clock() - started)
         deep = depths([node.parent for node in self._rows])
         self._sent = sent = [
             row
