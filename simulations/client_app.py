@@ -15,9 +15,11 @@ from fl_edge.clients.comp import CompClient, CompWorkload
 from fl_edge.clients.fedspine import FedSpineClient, FedSpineWorkload
 from fl_edge.clients.hat import HatClient, HatWorkload
 from fl_edge.clients.hat.answers import AnswerFiles
+from fl_edge.clients.imbnas import ImbNasClient, ImbNasWorkload
 from fl_edge.clients.mergesfl import MergeSFLClient, Workload
 from fl_edge.comp.outcome import base_digest
 from fl_edge.data.corpus import device_files, device_tokens, load_files, load_tokenizer
+from fl_edge.data.images import ImageSet, load_test, load_train
 from fl_edge.data.partition import load_device as load_images
 from fl_edge.data.prompts import device_prompts
 from fl_edge.data.texts import head_classes, load_text_device
@@ -26,6 +28,8 @@ from fl_edge.edge.profiles import DeviceProfile, device_profile
 from fl_edge.errors import ConfigError
 from fl_edge.files import default_folder
 from fl_edge.hat.split import DeviceModel, load_device
+from fl_edge.imbnas.longtail import make_task
+from fl_edge.imbnas.source import device_shards
 from fl_edge.link.resident import ClientApp
 from fl_edge.models.accelerator import find_accelerator
 from fl_edge.models.images import build_model
@@ -37,6 +41,7 @@ from simulations.scenario import (
     CompScenario,
     FedSpineScenario,
     HatScenario,
+    ImbNasScenario,
     MergeSFLScenario,
     Scenario,
     read_scenario,
@@ -192,7 +197,34 @@ def _hat(place: Place, run_id: int) -> HatWorkload:
     )
 
 
+@lru_cache(maxsize=2)
+def _shards(
+    run_config: tuple[tuple[str, Any], ...], count: int
+) -> tuple[ImbNasScenario, list[tuple[ImageSet, ImageSet]]]:
+    """Return scenario and every device's images: the same for all devices that this process serves."""
+    scenario = read_scenario(dict(run_config), on_device=True)
+    if not isinstance(scenario, ImbNasScenario):
+        raise ConfigError(f"this device runs simulation={scenario.simulation}; it was asked for IMB-NAS")
+    train, test = load_train(scenario.data, scenario.seed), load_test(scenario.data, scenario.seed)
+    task = make_task(train, test, scenario.tail, scenario.seed)
+    return scenario, device_shards(task, count, scenario.data, scenario.seed)
+
+
+@lru_cache(maxsize=256)
+def _imbnas(place: Place) -> ImbNasWorkload:
+    scenario, shards = _shards(place.run_config, place.count)
+    train, validation = shards[place.index]
+    return ImbNasWorkload(
+        device=place.name,
+        train=train,
+        validation=validation,
+        accelerator=find_accelerator(scenario.accelerator),
+        threads=scenario.threads,
+    )
+
+
 MergeSFLClient(lambda context: _mergesfl(Place.of(context))).register(app)
 FedSpineClient(lambda context: _fedspine(Place.of(context))).register(app)
 CompClient(lambda context: _comp(Place.of(context))).register(app)
 HatClient(lambda context: _hat(Place.of(context), context.run_id)).register(app)
+ImbNasClient(lambda context: _imbnas(Place.of(context))).register(app)

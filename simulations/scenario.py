@@ -24,6 +24,7 @@ from fl_edge.errors import ConfigError
 from fl_edge.fedspine.config import FedSpineConfig
 from fl_edge.fedspine.schedule import shortfall
 from fl_edge.hat.config import CloudConfig, HatConfig, TrainingConfig
+from fl_edge.imbnas.config import FederatedConfig, SuperConfig, TailConfig
 from fl_edge.link.resident.config import LinkConfig
 from fl_edge.mergesfl.config import MergeSFLConfig, released
 from fl_edge.models.config import LanguageModelConfig, ModelConfig
@@ -35,6 +36,7 @@ _CLASSES = {
     "fedspine_instructions": "FedSpineScenario",
     "comp": "CompScenario",
     "hat": "HatScenario",
+    "imbnas": "ImbNasScenario",
 }
 SIMULATIONS = tuple(_CLASSES)
 
@@ -133,6 +135,30 @@ class HatScenario(Scenario):
             return f"prompts.shortest={self.prompts.shortest} is above prompts.longest={self.prompts.longest}"
         if self.training.rounds and self.data.length > self.cloud.capacity:
             return f"data.length={self.data.length} is above cloud.capacity={self.cloud.capacity}"
+        return None
+
+
+@dataclass
+class ImbNasScenario(Scenario):
+    """A search for an architecture on long-tailed images of many devices."""
+
+    accelerator: str = setting(
+        "cpu", "where models compute, server and devices: cpu, cuda, ..., auto (cuda where it is)"
+    )
+    space: str = setting(
+        "digits", "search space: for images of 8x8 pixels, or from 16x16 on", choices=("digits", "cifar")
+    )
+    imbnas: FederatedConfig = field(default_factory=FederatedConfig)
+    tail: TailConfig = field(default_factory=TailConfig)
+    supernet: SuperConfig = field(default_factory=SuperConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def contradictions(self) -> str | None:
+        """Return what cannot hold together, or nothing."""
+        if self.imbnas.fewest > self.devices:
+            return f"imbnas.fewest={self.imbnas.fewest} asks for more than the {self.devices} devices"
+        if not self.tail.validation_per_class:
+            return "tail.validation_per_class=0 leaves nothing to score candidates on; it must be at least 1"
         return None
 
 

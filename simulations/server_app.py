@@ -13,7 +13,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_edge.errors import FlEdgeError
 from fl_edge.link.resident.serverapp import resident_where_possible
-from simulations.scenario import CompScenario, FedSpineScenario, HatScenario, MergeSFLScenario, read_scenario
+from simulations.scenario import (
+    CompScenario,
+    FedSpineScenario,
+    HatScenario,
+    ImbNasScenario,
+    MergeSFLScenario,
+    read_scenario,
+)
 
 app = ServerApp()
 
@@ -56,5 +63,9 @@ def main(grid: Grid, context: Context) -> None:
                 from simulations.hat import run_hat  # noqa: PLC0415 - heavy
 
                 run_hat(grid_to_use, scenario)
+            elif isinstance(scenario, ImbNasScenario):
+                from simulations.imbnas import run_imbnas  # noqa: PLC0415 - heavy
+
+                run_imbnas(grid_to_use, scenario)
     except FlEdgeError as error:
         raise RunFailed(str(error)) from None

@@ -26,11 +26,13 @@ def test_the_example_of_ones_own_project_trains(
 
 def test_settings_named_in_the_readme_are_there() -> None:
     from fl_edge.config import flatten
-    from simulations.scenario import CompScenario, FedSpineScenario, HatScenario, MergeSFLScenario
+    from simulations.scenario import CompScenario, FedSpineScenario, HatScenario, ImbNasScenario, MergeSFLScenario
 
-    keys = flatten(MergeSFLScenario) | flatten(FedSpineScenario) | flatten(CompScenario) | flatten(HatScenario)
+    schemas = (MergeSFLScenario, FedSpineScenario, CompScenario, HatScenario, ImbNasScenario)
+    keys = {key for schema in schemas for key in flatten(schema)}
     prose = re.sub(r"```python\n.*?```", "", README.read_text(), flags=re.DOTALL)
-    owners = r"data|model|edge|mergesfl|comp|hat|cloud|training|prompts|fedspine(?:\.schedule)?"
+    owners = r"data|model|edge|mergesfl|comp|hat|cloud|training|prompts|tail|supernet"
+    owners += r"|imbnas(?:\.[a-z]+)?|fedspine(?:\.schedule)?"
     named = set(re.findall(rf"\b(?!comp\.json)((?:{owners})\.(?!py\b)[a-z_0-9]+)\b(?![./])", prose))
     assert len(named) > 10
-    assert named <= set(keys)
+    assert named <= keys

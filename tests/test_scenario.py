@@ -23,7 +23,14 @@ from fl_edge.runs import RunFolder
 from simulations import launch
 from simulations.client_app import app
 from simulations.mergesfl import run_mergesfl
-from simulations.scenario import CompScenario, FedSpineScenario, HatScenario, MergeSFLScenario, read_scenario
+from simulations.scenario import (
+    CompScenario,
+    FedSpineScenario,
+    HatScenario,
+    ImbNasScenario,
+    MergeSFLScenario,
+    read_scenario,
+)
 from tests.scenarios import mergesfl_scenario
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +44,7 @@ def flower_defaults() -> dict[str, Any]:
 
 def test_flower_accepts_every_key_of_the_scenario_and_no_other() -> None:
     defaults = flower_defaults()
-    scenarios = (MergeSFLScenario, FedSpineScenario, CompScenario, HatScenario)
+    scenarios = (MergeSFLScenario, FedSpineScenario, CompScenario, HatScenario, ImbNasScenario)
     assert defaults.keys() == {key for scenario in scenarios for key in flatten(scenario)}
     assert set(defaults.values()) == {""}
 

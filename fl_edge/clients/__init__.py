@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fl_edge.clients.comp import CompClient, CompWorkload
     from fl_edge.clients.fedspine import FedSpineClient, FedSpineWorkload
     from fl_edge.clients.hat import HatClient, HatWorkload
+    from fl_edge.clients.imbnas import ImbNasClient, ImbNasWorkload
     from fl_edge.clients.mergesfl import MergeSFLClient, Workload
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "FedSpineWorkload",
     "HatClient",
     "HatWorkload",
+    "ImbNasClient",
+    "ImbNasWorkload",
     "MergeSFLClient",
     "Workload",
 ]
@@ -27,6 +30,8 @@ _HOMES = {
     "FedSpineWorkload": "fedspine",
     "HatClient": "hat",
     "HatWorkload": "hat",
+    "ImbNasClient": "imbnas",
+    "ImbNasWorkload": "imbnas",
     "MergeSFLClient": "mergesfl",
     "Workload": "mergesfl",
 }
