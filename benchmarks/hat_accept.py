@@ -55,19 +55,20 @@ def measure_accept(drafts: str, quick: bool) -> dict[str, Any]:
     device, middle = device_model(LLAMA, quick), middle_model(LLAMA, quick)
     drafter = (heads_for if drafts.startswith("U-Medusa") else adapter_for)(LLAMA, device, quick)
     config = replace(DRAFTS[drafts], new_tokens=QUICK_TOKENS if quick else TOKENS)
+    likeness: dict[str, float] = {}
+    if isinstance(drafter, Adapter):  # before the middle submodel is a cloud's
+        held_out = torch.stack(prompts(QUICK_HELD_OUT if quick else HELD_OUT, LENGTH, LENGTH, seed=1))
+        found = compare(drafter, device, teach(device, middle, held_out, batch_size=4))
+        likeness = {"agreement": found.agreement, "overlap": found.overlap}
     asked = prompts(QUICK_PROMPTS if quick else PROMPTS, SHORTEST, LONGEST, seed=2)
     sessions = [DeviceSession(device, drafter, config, CAPACITY, 0, (), lambda _at, _new: None) for _ in asked]
     accounts = serve(make_cloud(middle, len(asked)), sessions, [[job] for job in enumerate(asked)], ahead=False)
     drafted = sum(each.drafted for each in accounts)
-    found = {
+    return {
         "tokens": sum(each.tokens for each in accounts),
         "accept_length": accept_length(accounts),
         "drafted": drafted / sum(each.rounds - 1 for each in accounts),
         "held": sum(each.accepted for each in accounts) / max(1, drafted),
         "trained": sum(parameter.numel() for parameter in drafter.parameters()),
+        **likeness,
     }
-    if isinstance(drafter, Adapter):
-        held_out = torch.stack(prompts(QUICK_HELD_OUT if quick else HELD_OUT, LENGTH, LENGTH, seed=1))
-        likeness = compare(drafter, device, teach(device, middle, held_out, batch_size=4))
-        found |= {"agreement": likeness.agreement, "overlap": likeness.overlap}
-    return found
