@@ -302,7 +302,7 @@ def test_a_lost_file_is_sent_again(site: Site) -> None:
         return app(message, context)
 
     strategy = site.strategy(procedure="own", final_rounds=0, compare=False)
-    report = strategy.start(LocalGrid(lossy, 3))
+    report = strategy.start(LocalGrid(lossy, 3))  # type: ignore[arg-type]
     assert not report.lost
     assert sent.count("query.imbnas_keep") > 3
     assert_central(strategy, "search", central("own", None), union()[1])
