@@ -2,8 +2,8 @@
 
 Each run is a process of its own, with random weights in bfloat16: ``python -m benchmarks.hat_memory``. *device* loads
 input and output submodel and an adapter, reads a prompt and drafts behind it; *whole* has transformers load the model
-and read the same prompt. Both then hold caches of it. What the device reads is told by its loader, and compared with
-what the files say of its tensors: not one of the middle is among them.
+and reads the same prompt. Both then hold caches of it. Which tensors the device reads is listed where they are read
+from the files, and how many bytes of them are the middle's.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def run_device(folder: Path) -> dict[str, float]:
     from fl_edge.hat.caches import new_cache
     from fl_edge.hat.split import load_device
 
+    read = _listening()
     model = load_device(folder, SHALLOW, DEVICE)
     adapter = new_adapter(model, torch_rng(0, "adapter")).to(model.dtype).requires_grad_(False)
     shallow, adapted = new_cache(), new_cache()
@@ -58,9 +59,9 @@ def run_device(folder: Path) -> dict[str, float]:
     for _ in range(1 + DRAFTS):
         states = model.embed_and_run(tokens, shallow)
         tokens = model.draft_head(adapter(states, adapted)[:, -1:]).argmax(-1)
-    beyond = model.bytes_read - _bytes(folder, lambda layer: layer < SHALLOW)
+    middle = sum(size for name, size in _sizes(folder).items() if name in read and (_layer(name) or 0) >= SHALLOW)
     trained = sum(parameter.numel() for parameter in adapter.parameters())
-    return {"read_mb": model.bytes_read / 1e6, "beyond_mb": beyond / 1e6, "trained": trained}
+    return {"read_mb": model.bytes_read / 1e6, "middle_mb": middle / 1e6, "trained": trained}
 
 
 @torch.no_grad()
@@ -72,25 +73,42 @@ def run_whole(folder: Path) -> dict[str, float]:
     model = loading(folder, dtype="auto").to(DEVICE)
     tokens = _prompt(model.config.vocab_size)
     model.generate(tokens, max_new_tokens=DRAFTS, do_sample=False, pad_token_id=0)
-    return {"read_mb": _bytes(folder, lambda _: True) / 1e6}
+    return {"read_mb": sum(_sizes(folder).values()) / 1e6}
 
 
 def _prompt(vocabulary: int) -> torch.Tensor:
     return torch.randint(vocabulary, (1, PROMPT), generator=torch_rng(0, "prompt")).to(DEVICE)
 
 
-def _bytes(folder: Path, wanted: Callable[[int], bool]) -> int:
-    """Return the bytes of tensors as a checkpoint's headers tell: of no layer, and of the layers that are wanted."""
-    total = 0
+def _listening() -> set[str]:
+    """Return a set that gets the name of every tensor of which anything is read from now on."""
+    from fl_edge.models.shards import Shards
+
+    names, plain = set[str](), Shards.read
+
+    def record(self: Shards, name: str, *more: Any, **named: Any) -> torch.Tensor:
+        names.add(name)
+        return plain(self, name, *more, **named)
+
+    Shards.read = record  # type: ignore[method-assign]
+    return names
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each tensor, as a checkpoint's headers tell."""
+    sizes = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                words = name.split(".")
-                inside = int(words[words.index("layers") + 1]) if "layers" in words else None
-                if inside is None or wanted(inside):
-                    part = opened.get_slice(name)
-                    total += torch.Size(part.get_shape()).numel() * torch.finfo(torch.bfloat16).bits // 8
-    return total
+                count = torch.Size(opened.get_slice(name).get_shape()).numel()
+                sizes[name] = count * torch.finfo(torch.bfloat16).bits // 8
+    return sizes
+
+
+def _layer(name: str) -> int | None:
+    """Return the decoder layer that a tensor is of, if any."""
+    words = name.split(".")
+    return int(words[words.index("layers") + 1]) if "layers" in words else None
 
 
 def _resident(field: str) -> float:
