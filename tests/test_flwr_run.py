@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from fl_edge.checkpoints import load_checkpoint
 from simulations.deployment import free_ports
 from simulations.launch import APP, stop_superlink, superlink_family
-from tests import comp_scenario, fedspine_scenario, hat_scenario
+from tests import comp_scenario, fedspine_scenario, hat_scenario, imbnas_scenario
 from tests.scenarios import SMALL, THREADS, locally
 from tests.tiny import same_bits
 
@@ -111,6 +111,22 @@ def test_hat_trains_the_adapter_and_writes_the_texts_of_a_local_grid(
     written = hat_scenario.texts(tmp_path / "cache")
     assert len(written) == hat_scenario.DEVICES * hat_scenario.PROMPTS
     assert written == hat_scenario.texts(tmp_path / "cache of the grid")
+
+
+def test_imbnas_finds_and_trains_what_a_local_grid_does(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, output = launcher.run(name="ray", **{**dict.fromkeys(SMALL), **imbnas_scenario.SETTINGS})
+    assert status == 0, output
+    assert "training 2/2" in output
+    assert "Balanced test accuracy" in output
+    folder = tmp_path / "runs" / "ray"
+    assert {"confusion.png", "ranking.png"} <= {file.name for file in folder.iterdir()}
+    monkeypatch.setenv("FL_EDGE_CACHE", str(tmp_path / "cache"))  # the super-network is there already
+    kept, local = load_checkpoint(folder / "checkpoints"), imbnas_scenario.locally(tmp_path)
+    assert kept is not None
+    assert same_bits(kept.weights, local["weights"])
+    assert kept.record["scored"] == local["record"]["scored"]
 
 
 def test_mergesfl_killed_at_work_resumes_to_the_bits_of_a_local_grid(launcher: Launcher, tmp_path: Path) -> None:
