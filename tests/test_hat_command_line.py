@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,20 @@ def test_what_cannot_be_served_is_one_line(
 def keys(tmp_path: Path) -> Path:
     assert main(["keys", str(tmp_path / "keys")]) == 0
     return tmp_path / "keys"
+
+
+def test_ctrl_c_ends_a_chat_also_where_its_exception_is_lost() -> None:
+    code = """
+import os, signal, time
+from contextlib import suppress
+from fl_edge.clients.hat.__main__ import ending_for_certain
+with ending_for_certain(0.2):
+    with suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    time.sleep(60)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=50).returncode == 130
 
 
 def test_two_processes_with_tls_and_a_token(

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import secrets
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from fl_edge.models.accelerator import find_accelerator
 PORT = 9095
 AUTHORITY, CERTIFICATE, KEY, TOKEN = KEYS = ("ca.pem", "server.pem", "server.key", "token")
 _INTERRUPTED = 130  # what a shell gives for Ctrl-C
+_LAST_S = 5.0  # from Ctrl-C to the end of a chat, at most
 _TOKEN_BYTES = 16  # at least; shorter ones can be guessed
 _TEMPLATE, _NO_TEMPLATE = f"a conversation, {ANEW} begins anew", "the model goes on from each line"
 
@@ -132,7 +134,28 @@ def _chat(args: argparse.Namespace) -> None:
     )
     if sys.stdin.isatty():
         sys.stderr.write(f"{_TEMPLATE if tokenizer.chat_template else _NO_TEMPLATE}; Ctrl-D ends\n")
-    Chat(door, work, tokenizer, _reader(), sys.stdout, sys.stderr).run()
+    with ending_for_certain():
+        Chat(door, work, tokenizer, _reader(), sys.stdout, sys.stderr).run()
+
+
+@contextmanager
+def ending_for_certain(seconds: float = _LAST_S) -> Iterator[None]:
+    """Let Ctrl-C end this process also where its exception is lost, or leaves a lock behind that others wait for."""
+
+    def interrupt(*_: object) -> None:
+        last = threading.Timer(seconds, os._exit, [_INTERRUPTED])
+        last.daemon = True
+        last.start()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone has signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _reader() -> Callable[[], str | None]:
