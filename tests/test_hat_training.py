@@ -19,13 +19,14 @@ from fl_edge.errors import ReplyError, TrainingError
 from fl_edge.hat.adapter import new_adapter
 from fl_edge.hat.config import CloudConfig, HatConfig, TrainingConfig
 from fl_edge.hat.distillation import Lessons, Likeness, compare, teach
-from fl_edge.hat.federation import AdapterRound, Learned, course, fitted, learn, mean
+from fl_edge.hat.federation import AdapterRound, Learned, course, fitted, learn
 from fl_edge.hat.messages import Answer
 from fl_edge.hat.split import load_device, load_middle
 from fl_edge.hat.study import Study
 from fl_edge.link import LocalGrid
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.resident.staying import staying
+from fl_edge.models.averaging import weighted_mean
 from fl_edge.seeding import derive_seed, torch_rng
 from fl_edge.strategies.hat import Hat
 from fl_edge.strategies.hat_training import HatTraining
@@ -99,7 +100,7 @@ def by_hand(base: Path) -> dict[str, Tensor]:
         learned = [
             learn(device, weights, own, order, CONFIG.held_out, seed) for own, seed in zip(lessons, seeds, strict=True)
         ]
-        weights = mean(learned)
+        weights = weighted_mean([(each.tokens, each.weights) for each in learned])
     return weights
 
 
@@ -282,14 +283,7 @@ def test_what_a_device_says_of_its_training_is_checked(change: dict[str, Any], r
         Learned.checked({**config, **change}, weights, weights)
 
 
-@pytest.mark.parametrize("weights", [{}, {"a": torch.zeros(3)}, {"a": torch.zeros(2, dtype=torch.int64)}])
-def test_weights_of_another_kind_are_refused(weights: dict[str, Tensor]) -> None:
-    config = Learned(weights, 5, Likeness(0.5, 0.4, 1.0), 0.9).to_config()
-    with pytest.raises(ReplyError, match="adapter"):
-        Learned.checked(config, weights, {"a": torch.zeros(2)})
-
-
-def test_the_mean_counts_tokens() -> None:
-    one, two = {"a": torch.tensor([1.0])}, {"a": torch.tensor([4.0])}
-    found = mean([Learned(one, 2, Likeness(0, 0, 0), 0), Learned(two, 1, Likeness(0, 0, 0), 0)])
-    assert found["a"].tolist() == [2.0]
+def test_weights_of_another_kind_are_refused() -> None:
+    config = Learned({}, 5, Likeness(0.5, 0.4, 1.0), 0.9).to_config()
+    with pytest.raises(ReplyError, match="weights of 0 tensors; the 1 of a were due"):
+        Learned.checked(config, {}, {"a": torch.zeros(2)})

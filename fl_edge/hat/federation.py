@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fl_edge.errors import ReplyError
@@ -17,6 +16,7 @@ from fl_edge.hat.adapter import Adapter
 from fl_edge.hat.config import TrainingConfig
 from fl_edge.hat.distillation import Course, Lessons, Likeness, compare, train
 from fl_edge.hat.split import DeviceModel
+from fl_edge.models.averaging import check_weights
 
 _LARGEST = 1e15
 
@@ -127,39 +127,13 @@ def fitted(model: DeviceModel, weights: Mapping[str, Tensor]) -> Adapter:
     """
     adapter = Adapter(model.config)
     check_weights(weights, adapter.state_dict())
-    adapter.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    adapter.load_state_dict(weights)
     return adapter.to(model.device)
 
 
 def drafting(model: DeviceModel, weights: Mapping[str, Tensor]) -> Adapter:
     """Return an adapter with given weights to draft with: frozen, and of the model's type; raises as :func:`fitted`."""
     return fitted(model, weights).to(model.dtype).requires_grad_(False).eval()
-
-
-def check_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """See that weights have the names and shapes of others, and are finite.
-
-    Raises
-    ------
-    ReplyError
-        They have not.
-    """
-    if weights.keys() != like.keys():
-        raise ReplyError(f"an adapter of {len(weights)} tensors; {len(like)} were due, {', '.join(like)}")
-    for name, tensor in weights.items():
-        if tensor.shape != like[name].shape:
-            raise ReplyError(f"{name} of an adapter has shape {tuple(tensor.shape)}; due is {tuple(like[name].shape)}")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise ReplyError(f"{name} of an adapter is not all finite numbers")
-
-
-def mean(learned: Sequence[Learned]) -> Weights:
-    """Return the mean of adapters, weighted by tokens (FedAvg), in float32; summed in float64, in the given order."""
-    total = sum(each.tokens for each in learned)
-    return {
-        name: torch.stack([each.weights[name].double() * (each.tokens / total) for each in learned]).sum(0).float()
-        for name in learned[0].weights
-    }
 
 
 def figures(learned: Sequence[Learned]) -> dict[str, float]:

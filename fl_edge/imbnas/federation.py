@@ -23,6 +23,7 @@ from fl_edge.imbnas.heads import Objective, gram_sums, loss_sums, standardised
 from fl_edge.imbnas.scoring import count, features, on_device
 from fl_edge.imbnas.space import Architecture
 from fl_edge.imbnas.supernet import Supernet
+from fl_edge.models.averaging import check_weights
 from fl_edge.seeding import torch_rng
 
 Named = dict[str, Tensor]
@@ -235,36 +236,6 @@ def put(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     check_weights(weights, trained_part(module))
     module.load_state_dict({**module.state_dict(), **weights})
-
-
-def check_weights(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """See that weights have the names, shapes and type of others, and are finite.
-
-    Raises
-    ------
-    ReplyError
-        They have not.
-    """
-    if weights.keys() != like.keys():
-        raise ReplyError(f"weights of {len(weights)} tensors; the {len(like)} of {', '.join(like)[:80]} were due")
-    for name, tensor in weights.items():
-        if tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
-            raise ReplyError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; due is {like[name].dtype} of "
-                f"{tuple(like[name].shape)}"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ReplyError(f"{name} is not all finite numbers")
-
-
-def mean(parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> Named:
-    """Return the mean of weights by numbers of samples (FedAvg), in their type; summed in float64, in this order."""
-    total = sum(samples for samples, _ in parts)
-    first = parts[0][1]
-    return {
-        name: torch.stack([weights[name].double() * (samples / total) for samples, weights in parts]).sum(0).to(like)
-        for name, like in first.items()
-    }
 
 
 def lengths(question: Question, supernet: Supernet, classes: int, *, layerwise: bool) -> list[int]:

@@ -20,9 +20,7 @@ from fl_edge.imbnas.federation import (
     Named,
     Place,
     Question,
-    check_weights,
     lengths,
-    mean,
     read_statistics,
     trained_part,
 )
@@ -31,6 +29,7 @@ from fl_edge.imbnas.report import total_counts
 from fl_edge.imbnas.supernet import Supernet
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.packing import pack, tensor_bytes
+from fl_edge.models.averaging import check_weights, weighted_mean
 from fl_edge.models.pretraining import weights_digest
 from fl_edge.strategies.exchange import Answers, ask
 from fl_edge.strategies.roster import Roster
@@ -204,7 +203,7 @@ class Fleet:
             return Averaged(weights, None, 0, absent)
         total = sum(samples for samples, _ in parts)
         loss = sum(samples * value for (samples, _), value in zip(parts, losses, strict=True)) / total
-        return Averaged(mean(parts), loss, len(parts), absent)
+        return Averaged(weighted_mean(parts), loss, len(parts), absent)
 
     def sums(self, question: Question, calibration: Calibration, devices: Sequence[str], aim: Aim) -> list[Tensor]:
         """Put a question to some devices and return the sums of their answers.

@@ -23,13 +23,14 @@ from fl_edge.errors import ReplyError, TrainingError
 from fl_edge.hat.adapter import load_adapter, new_adapter, save_adapter
 from fl_edge.hat.cloud import Cloud, Refusal
 from fl_edge.hat.config import CloudConfig, TrainingConfig
-from fl_edge.hat.federation import AdapterRound, Learned, Weights, course, figures, fitted, mean
+from fl_edge.hat.federation import AdapterRound, Learned, Weights, course, figures, fitted
 from fl_edge.hat.middle import Middle
 from fl_edge.hat.scheduling import Limits
 from fl_edge.hat.split import load_device, load_middle
 from fl_edge.hat.wire import check_model, read_upload, write_answer
 from fl_edge.link.content import config_of, make_content, tensors_of
 from fl_edge.link.packing import pack, tensor_bytes
+from fl_edge.models.averaging import weighted_mean
 from fl_edge.observers import Lines
 from fl_edge.seeding import torch_rng
 from fl_edge.strategies.exchange import ask, wait_for_nodes
@@ -239,7 +240,7 @@ class HatTraining:
                 missed[device] = str(error)
                 log.warning("round %d: %s does not count: %s", server_round, device, error)
         if learned:
-            self.weights = mean(learned)
+            self.weights = weighted_mean([(each.tokens, each.weights) for each in learned])
         self.server_round = server_round
         return AdapterRound(
             server_round=server_round,

@@ -1,0 +1,92 @@
+"""The picture of :mod:`benchmarks.imbnas`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Results
+from benchmarks.imbnas_found import FOUND, found_case, loss_case
+from benchmarks.imbnas_ranks import RANKERS, rank_case
+from benchmarks.imbnas_tasks import OTHER, PAIRS, SAME
+from fl_edge.imbnas.config import LOSSES
+from fl_edge.imbnas.tally import GROUPS
+from fl_edge.plotting import BLUE, GREY, ORANGE, new_figure
+
+_COLOURS = {"P1": BLUE, "own": ORANGE, "P0": "black"}
+
+
+def figure(results: Results, path: Path) -> None:
+    """Draw tau by ratio and by source, what searches find, and accuracy by class group and loss."""
+    drawing = new_figure(14, 10)
+    axes = drawing.subplots(2, 2)
+    _by_ratio(axes[0, 0], results)
+    _by_pair(axes[0, 1], results)
+    _found(axes[1, 0], results)
+    _groups(axes[1, 1], results)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(path, dpi=150)
+
+
+def _by_ratio(axis: Any, results: Results) -> None:
+    ratios = PAIRS[SAME].ratios
+    for ranker in RANKERS:
+        entries = [results.summary.get(rank_case(SAME, ratio, ranker), {}).get("tau") for ratio in ratios]
+        known = [(ratio, entry) for ratio, entry in zip(ratios, entries, strict=True) if entry is not None]
+        if known:
+            axis.plot(
+                [ratio for ratio, _ in known],
+                [entry["mean"] for _, entry in known],
+                marker="o",
+                color=_COLOURS.get(ranker),
+                linewidth=2.2 if ranker in _COLOURS else 1.0,
+                label=ranker,
+            )
+    axis.set(xscale="log", xlabel="ratio of the tail", ylabel="Kendall's tau with the truth")
+    axis.set_xticks(ratios, [str(ratio) for ratio in ratios])
+    axis.minorticks_off()
+    axis.set_title(f"{SAME}: ranks of all {PAIRS[SAME].space.size} paths", loc="left", fontsize=11)
+    axis.legend(fontsize=8, frameon=False, ncol=2)
+
+
+def _by_pair(axis: Any, results: Results) -> None:
+    pairs, width = list(PAIRS), 0.8 / len(RANKERS)
+    for number, ranker in enumerate(RANKERS):
+        entries = [results.summary.get(rank_case(pair, 100, ranker), {}).get("tau") for pair in pairs]
+        known = [(place, entry) for place, entry in enumerate(entries) if entry is not None]
+        if not known:
+            continue
+        heights = [entry["mean"] for _, entry in known]
+        spread = [
+            [entry["mean"] - entry["low"] if entry["low"] is not None else 0 for _, entry in known],
+            [entry["high"] - entry["mean"] if entry["high"] is not None else 0 for _, entry in known],
+        ]
+        places = [place + (number - (len(RANKERS) - 1) / 2) * width for place, _ in known]
+        axis.bar(places, heights, width, yerr=spread, label=ranker, color=_COLOURS.get(ranker), error_kw={"lw": 0.7})
+    axis.set_xticks(range(len(pairs)), pairs)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    axis.set_title("Kendall's tau with the truth, ratio 100, by source", loc="left", fontsize=11)
+    axis.legend(fontsize=8, frameon=False, ncol=3)
+
+
+def _found(axis: Any, results: Results) -> None:
+    for offset, pair, color in ((-0.2, SAME, GREY), (0.2, OTHER, BLUE)):
+        values = [results.center(found_case(pair, 100, who), "chosen") or 0 for who in FOUND]
+        axis.barh([place + offset for place in range(len(FOUND))], values, 0.38, color=color, label=pair)
+    axis.set_yticks(range(len(FOUND)), FOUND)
+    axis.invert_yaxis()
+    lowest = [results.center(found_case(pair, 100, who), "chosen") for pair in (SAME, OTHER) for who in FOUND]
+    known = [each for each in lowest if each is not None]
+    axis.set_xlim(left=max(0, min(known, default=0) - 0.05))
+    axis.set_title("Balanced accuracy of what is found, ratio 100", loc="left", fontsize=11)
+    axis.legend(fontsize=8, frameon=False, loc="lower left")
+
+
+def _groups(axis: Any, results: Results) -> None:
+    for number, (group, color) in enumerate(zip(GROUPS, (GREY, BLUE, ORANGE), strict=True)):
+        values = [results.center(loss_case(SAME, loss), group) or 0 for loss in LOSSES]
+        axis.bar([place + (number - 1) * 0.27 for place in range(len(LOSSES))], values, 0.26, color=color, label=group)
+    axis.set_xticks(range(len(LOSSES)), LOSSES, fontsize=8)
+    axis.set_title(f"{SAME}, ratio 100: accuracy by class group and loss, same path", loc="left", fontsize=11)
+    axis.legend(fontsize=8, frameon=False)
