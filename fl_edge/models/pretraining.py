@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_edge.errors import TrainingError
+from fl_edge.models.muon import Muon
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +120,7 @@ def _optimisers(
     groups = [{"params": [p], "lr": rate * faster.get(p, 1.0)} for p in model.parameters() if p not in matrices]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, weight_decay=_DECAY)]
     if matrices:
-        found.append(torch.optim.Muon([p for p in model.parameters() if p in matrices], lr=muon, weight_decay=_DECAY))
+        found.append(Muon([p for p in model.parameters() if p in matrices], lr=muon, weight_decay=_DECAY))
     return found
 
 
