@@ -9,6 +9,7 @@ steps, so that tails of every ratio get as many; the loss is balanced softmax.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -105,6 +106,8 @@ def train_together(
     optimiser = torch.optim.SGD(
         list(parameters.values()), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
+    # pooling falls back to a loop over the trainings, of a thousandth of the time
+    warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
     rows = torch.arange(len(trainings))[:, None]
     for step in range(steps):
         for group in optimiser.param_groups:
