@@ -11,8 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from fl_edge.errors import ConfigError, TrainingError
+from fl_edge.imbnas import heads
 from fl_edge.imbnas.config import HeadConfig, LossConfig
-from fl_edge.imbnas.heads import CONVEX, fit_head, loss_sums, make_objective
+from fl_edge.imbnas.heads import CONVEX, fit_head, gram_sums, loss_sums, make_objective
 from fl_edge.imbnas.losses import make_loss
 
 COUNTS = [60, 30, 12, 5]
@@ -64,14 +65,28 @@ def test_at_the_optimum_the_training_loss_is_level(loss: str, progress: float) -
 @settings(max_examples=30, deadline=None)
 def test_loss_and_gradient_add_up_over_devices(cuts: list[int], loss: str) -> None:
     features, labels = clouds(COUNTS)
-    inputs = torch.from_numpy(standardised(features))
+    inputs = heads.standardised(features.double(), features.double().mean(0), features.double().std(0))
     objective = make_objective(loss, torch.tensor(COUNTS), LossConfig())
     point = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     edges = [0, *sorted(cuts), len(labels)]
     parts = [loss_sums(point, inputs[a:b], labels[a:b], objective) for a, b in itertools.pairwise(edges)]
     whole = loss_sums(point, inputs, labels, objective)
-    torch.testing.assert_close(torch.stack([one for one, _ in parts]).sum(), whole[0])
-    torch.testing.assert_close(torch.stack([one for _, one in parts]).sum(0), whole[1])
+    assert torch.equal(torch.stack([one for one, _ in parts]).sum(), whole[0])
+    assert torch.equal(torch.stack([one for _, one in parts]).sum(0), whole[1])
+    grams = [gram_sums(inputs[a:b], labels[a:b], objective) for a, b in itertools.pairwise(edges)]
+    assert torch.equal(torch.stack(grams).sum(0), gram_sums(inputs, labels, objective))
+
+
+def test_a_head_does_not_depend_on_the_order_of_the_samples() -> None:
+    """To the bit, which is what makes many devices and one machine find the same architecture."""
+    features, labels = clouds([300, 100, 30, 5], features=16)
+    objective = make_objective("balanced_softmax", torch.tensor([300, 100, 30, 5]), LossConfig())
+    head = fit_head(features, labels, objective, HeadConfig())
+    for seed in range(3):
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        other = fit_head(features[order], labels[order], objective, HeadConfig())
+        assert torch.equal(other.weight, head.weight)
+        assert torch.equal(other.bias, head.bias)
 
 
 def test_scale_and_place_of_the_features_do_not_matter() -> None:

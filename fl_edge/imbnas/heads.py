@@ -7,7 +7,9 @@ the solver, the ridge on standardised features, and which losses allow it. The p
 optimum depends neither on a schedule nor on a seed, and candidates differ by their features alone.
 
 Loss and gradient are sums over samples (:func:`loss_sums`): devices can send theirs, (C, d + 1) numbers a step, and a
-server can add them and run the same solver. Such a sum equals the central one up to rounding, not to the bit.
+server can add them and run the same solver. Near the optimum a solver makes much of the last bit, so what is added is
+rounded beforehand, to multiples that float64 adds without error in any order: devices and one machine take the same
+steps. Means and deviations, which divide, are rounded to float32 after the sum.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fl_edge.errors import ConfigError, TrainingError
+from fl_edge.imbnas.chunks import in_chunks
 from fl_edge.imbnas.config import HeadConfig, LossConfig
 from fl_edge.imbnas.weighting import effective_weights
 
 CONVEX = ("ce", "cb", "drw", "balanced_softmax")
+
+_GRID = 2.0**18  # features and errors are multiples of its inverse; products add up exactly below 2^17
+_LOSS_GRID = 2.0**32  # losses are of this one's; they add up exactly below 2^21
 
 Measure = Callable[[Tensor], tuple[Tensor, Tensor]]  # class vectors -> loss and gradient, summed over samples
 
@@ -106,21 +112,31 @@ def fit_head(features: Tensor, labels: Tensor, objective: Objective, config: Hea
     exact = features.double()
     if not bool(torch.isfinite(exact).all()):
         raise TrainingError("features that are not finite numbers; no head can be fitted to them")
-    mean, std = exact.mean(0), usable(exact.std(0, correction=0))
+    mean = mean_of(exact.sum(0), len(exact))
+    std = deviation_of((exact - mean).square().sum(0), len(exact))
     inputs = standardised(exact, mean, std)
     gram = gram_sums(inputs, labels, objective)
     point = solve(lambda at: loss_sums(at, inputs, labels, objective), gram, objective, config)
     return linear_head(point, mean, std, features)
 
 
-def usable(std: Tensor) -> Tensor:
-    """Return standard deviations to divide by, (d,): a dead channel, which has none, stays at 0."""
-    return torch.where(std > 1e-9 * std.max().clamp_min(1e-300), std, 1.0)
+def mean_of(total: Tensor, count: float) -> Tensor:
+    """Return means, (d,) float64 of float32's precision: sums in another order give the same ones."""
+    return (total / count).float().double()
+
+
+def deviation_of(squares: Tensor, count: float) -> Tensor:
+    """Return standard deviations to divide by, (d,), from sums of squared differences, rounded as :func:`mean_of`.
+
+    A dead channel, which has none, stays at 0.
+    """
+    std = (squares / count).sqrt()
+    return torch.where(std > 1e-9 * std.max().clamp_min(1e-300), std, 1.0).float().double()
 
 
 def standardised(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return float64 features (n, d) of mean 0 and deviation 1, and a last column of ones for the bias, (n, d + 1)."""
-    return functional.pad((features - mean) / std, (0, 1), value=1.0)
+    return functional.pad(_rounded((features - mean) / std, _GRID), (0, 1), value=1.0)
 
 
 def solve(measure: Measure, gram: Tensor, objective: Objective, config: HeadConfig) -> Tensor:
@@ -165,16 +181,20 @@ def loss_sums(point: Tensor, inputs: Tensor, labels: Tensor, objective: Objectiv
     labels
         int64 (n,).
     """
-    logs = functional.log_softmax(inputs @ point.T + objective.prior, dim=1)
+    logs = in_chunks(lambda part: functional.log_softmax(part @ point.T + objective.prior, dim=1), inputs)
     weights = objective.weights[labels, None]
-    loss = -(weights * logs.gather(1, labels[:, None])).sum()
+    loss = -_rounded(weights * logs.gather(1, labels[:, None]), _LOSS_GRID).sum()
     errors = (logs.exp() - functional.one_hot(labels, logs.shape[1])) * weights
-    return loss, errors.T @ inputs
+    return loss, _rounded(errors, _GRID).T @ inputs
 
 
 def gram_sums(inputs: Tensor, labels: Tensor, objective: Objective) -> Tensor:
     """Return sum_i w f_i f_i', (d + 1, d + 1), additive over samples; arguments as :func:`loss_sums`."""
-    return inputs.T @ (inputs * objective.weights[labels, None])
+    return inputs.T @ _rounded(inputs * objective.weights[labels, None], _GRID)
+
+
+def _rounded(values: Tensor, grid: float) -> Tensor:
+    return (values * grid).round_().div_(grid)
 
 
 def _whitener(gram: Tensor, objective: Objective, ridge: float) -> Tensor:

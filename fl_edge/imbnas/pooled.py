@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fl_edge.imbnas.batchnorm import Statistics, norms
 from fl_edge.imbnas.config import HeadConfig
 from fl_edge.imbnas.federation import Named, Question, read_statistics
-from fl_edge.imbnas.heads import Objective, linear_head, solve, usable
+from fl_edge.imbnas.heads import Objective, deviation_of, linear_head, mean_of, solve
 from fl_edge.imbnas.space import Architecture
 from fl_edge.imbnas.supernet import Supernet
 from fl_edge.imbnas.tally import Tally
@@ -83,9 +83,10 @@ def pooled_heads(architectures: Sequence[Architecture], known: Sequence[Statisti
     """Return the best head of each candidate, ``weight`` (C, d) and ``bias`` (C,), over the images of all devices."""
     none: list[Named] = [{} for _ in architectures]
     sums = ask(Question("mean", architectures, known, none))
-    counts, means = [float(each[0]) for each in sums], [each[1:] / each[0] for each in sums]
+    counts = [float(each[0]) for each in sums]
+    means = [mean_of(each[1:], count) for each, count in zip(sums, counts, strict=True)]
     squares = ask(Question("deviation", architectures, known, [{"mean": each} for each in means]))
-    stds = [usable((each / count).sqrt()) for each, count in zip(squares, counts, strict=True)]
+    stds = [deviation_of(each, count) for each, count in zip(squares, counts, strict=True)]
     scales: list[Named] = [{"mean": mean, "std": std} for mean, std in zip(means, stds, strict=True)]
     grams = [_square(each) for each in ask(Question("gram", architectures, known, scales))]
     classes = len(own.objective.weights)
