@@ -10,6 +10,7 @@ Parts, each in a module of its own that says what is compared with what, and how
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -96,7 +97,8 @@ def _falls(results: Results) -> Target:
 def _better(results: Results, pair: str) -> Target:
     found = difference(results, pair, 100, "P1", "P0")
     measure = f"{pair}, ratio 100: tau of P1 less that of P0, lower end of its 95 % interval"
-    return _above(measure, None if found is None else found.low)
+    # of a proxy whose scores are all equal there is no tau
+    return _above(measure, None if found is None or math.isnan(found.low) else found.low)
 
 
 def _cost(results: Results, pair: str) -> Target:
