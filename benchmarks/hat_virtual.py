@@ -10,7 +10,9 @@ import functools
 from dataclasses import replace
 from statistics import fmean
 
-from benchmarks.hat_accept import MEDUSA_DRAFTS, OURS, measured_length
+from scipy.optimize import brentq  # type: ignore[import-untyped]
+
+from benchmarks.hat_accept import MEDUSA_DRAFTS, OURS, measure_accept, measured_length
 from fl_edge.hat.simulated_device import Drafting
 from fl_edge.hat.simulated_report import CNN_DM, METHODS, ROWS, SPECBENCH, Found, Row, reproduce
 from fl_edge.hat.simulation import simulate
@@ -53,13 +55,20 @@ def measure_row(number: int, quick: bool) -> dict[str, float]:
 def measure_own(setting: str, method: str, quick: bool) -> dict[str, float]:
     """Return TTFT and TBT of a setting in virtual seconds, with drafts as those measured here."""
     base = SETTINGS[setting]
-    drafting = Drafting(measured_length(OURS, quick), base.drafting.confident)
+    drafting = _drafting(OURS, quick)
     medusa = Drafting(measured_length(MEDUSA_DRAFTS, quick), 1.0, cap=4)
     base = replace(base, drafting=drafting, medusa=medusa)
     base = replace(base, requests=QUICK_REQUESTS) if quick else base
     seeds = range(QUICK_SEEDS if quick else SEEDS)
     figures = [simulate(replace(base, seed=seed), METHODS[method]).figures() for seed in seeds]
     return {f"virtual_{name}_s": fmean(each[f"{name}_ms"] for each in figures) / 1e3 for name in ("ttft", "tbt")}
+
+
+def _drafting(drafts: str, quick: bool) -> Drafting:
+    """Return drafts as many a round, and as many of them accepted, as measured."""
+    found, cap = measure_accept(drafts, quick), Drafting.cap
+    confident = brentq(lambda chance: sum(chance**n for n in range(cap)) - min(found["drafted"], cap), 0, 1)
+    return Drafting(found["accept_length"], confident, cap)
 
 
 @functools.cache
