@@ -9,7 +9,7 @@ optimum depends neither on a schedule nor on a seed, and candidates differ by th
 Loss and gradient are sums over samples (:func:`loss_sums`): devices can send theirs, (C, d + 1) numbers a step, and a
 server can add them and run the same solver. Near the optimum a solver makes much of the last bit, so what is added is
 rounded beforehand, to multiples that float64 adds without error in any order: devices and one machine take the same
-steps. Means and deviations, which divide, are rounded to float32 after the sum.
+steps. Means and deviations, whose terms have no common scale, are rounded to float32 after the sum.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ def fit_head(features: Tensor, labels: Tensor, objective: Objective, config: Hea
 
 
 def mean_of(total: Tensor, count: float) -> Tensor:
-    """Return means, (d,) float64 of float32's precision: sums in another order give the same ones."""
+    """Return means, (d,) float64 of float32's precision.
+
+    Sums in another order, which differ in the last bit, give the same ones unless they stand right between two floats.
+    """
     return (total / count).float().double()
 
 
