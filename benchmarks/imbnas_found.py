@@ -1,8 +1,8 @@
 """What a search finds, what its network gets right by class, and the same search by devices.
 
 * *search*: evolution, or random search of as many candidates, on the scores of an adaptation; *chosen* is what the
-  architecture found is worth, by :mod:`benchmarks.imbnas_truth`. Beside it the small ResNet, a path at random (the mean
-  of all), and the best there is.
+  architecture found is worth, the mean over seeds of :mod:`benchmarks.imbnas_truth`. Beside it the small ResNet, a path
+  at random (the mean of all), and the best there is.
 * *loss*: one architecture, found with own heads, trained from scratch by :mod:`fl_edge.imbnas.retraining` with every
   loss, by class group.
 * *federated*: eight devices, Dirichlet(0.5) on top of the tail, against one machine that has all their images.
@@ -19,7 +19,7 @@ from typing import Any
 
 from flwr.clientapp import ClientApp
 
-from benchmarks.imbnas_ranks import adapting, scores, truth_of
+from benchmarks.imbnas_ranks import adapting, scores, worth_of
 from benchmarks.imbnas_tasks import PAIRS, architectures, fixed, make_source, make_target, tail
 from fl_edge.clients.cache import WeightCache
 from fl_edge.clients.imbnas import ImbNasClient, ImbNasWorkload
@@ -36,6 +36,7 @@ from fl_edge.link import LocalGrid
 from fl_edge.strategies.imbnas import ImbNas
 
 SEARCH = SearchConfig(population=8, top=3, generations=4, mutants=3, crosses=3)
+QUICK_SEARCH = SearchConfig(population=4, top=2, generations=1, mutants=1, crosses=1)
 BUDGET = SEARCH.population * (SEARCH.generations + 1)
 FINAL = RetrainConfig(epochs=160, batch_size=32, learning_rate=0.05, crop_padding=0, flip=False)
 DEVICES = 8
@@ -61,14 +62,14 @@ def federated_case(pair: str) -> str:
 
 def measure_found(pair: str, ratio: int, who: str, seeds: Sequence[int], seed: int, quick: bool) -> Mapping[str, Any]:
     """Search, and look up what was found."""
-    truth = dict(zip(architectures(pair, quick), truth_of(pair, ratio, seeds, seed, quick).tolist(), strict=True))
+    worth = dict(zip(architectures(pair, quick), worth_of(pair, ratio, seeds, quick).tolist(), strict=True))
     if who == RANDOM_PATH:
-        chosen = math.fsum(truth.values()) / len(truth)
+        chosen = math.fsum(worth.values()) / len(worth)
     elif who == BEST:
-        chosen = max(truth.values())
+        chosen = max(worth.values())
     else:
-        chosen = truth[fixed(pair) if who == RESNET else search(pair, ratio, who, seed, quick)]
-    return {"chosen": chosen, "regret": max(truth.values()) - chosen}
+        chosen = worth[fixed(pair) if who == RESNET else search(pair, ratio, who, seed, quick)]
+    return {"chosen": chosen, "regret": max(worth.values()) - chosen}
 
 
 def search(pair: str, ratio: int, who: str, seed: int, quick: bool) -> Architecture:
@@ -95,7 +96,7 @@ def measure_federated(pair: str, seeds: Sequence[int], seed: int, quick: bool) -
     task, source, config = make_target(pair, 100, seed), make_source(pair, seed, quick), adapting(pair, 100, quick)
     settings = FederatedConfig(
         procedure="own", final_rounds=0, compare=False, head=config.head, loss=config.loss,
-        batchnorm=config.batchnorm, search=SEARCH,
+        batchnorm=config.batchnorm, search=QUICK_SEARCH if quick else SEARCH,
     )  # fmt: skip
     shards = device_shards(task, DEVICES, PartitionConfig(partition="dirichlet", alpha=0.5), seed)
     work = [ImbNasWorkload(f"device-{number}", *own) for number, own in enumerate(shards)]
@@ -106,7 +107,7 @@ def measure_federated(pair: str, seeds: Sequence[int], seed: int, quick: bool) -
         strategy = ImbNas(source, task.test, settings, seed=seed, min_devices=DEVICES)
         report = strategy.start(LocalGrid(app, DEVICES))
     score = Scorer(adapt(PROCEDURES["own"], source, task, config, seed), config, seed).on(task.validation)
-    central = evolve(PAIRS[pair].space, score, SEARCH, seed)
+    central = evolve(PAIRS[pair].space, score, settings.search, seed)
     together = report.histories["search"]
     return {
         "same_winner": float(winner(together).architecture == winner(central).architecture),

@@ -2,8 +2,8 @@
 
 * *digits*: from the balanced digits to the same ten classes with a tail: all images of the target are the source's too.
 * *digits, other classes*: from the even digits to the odd ones with a tail; no class and no image is in both.
-* *synthetic*: from five of the ten classes of :mod:`fl_edge.data.synthetic` to the other five, in the space for CIFAR
-  at a quarter of its width and images of 16x16 pixels.
+* *synthetic*: from the first five classes of :mod:`fl_edge.data.synthetic` to the other five; 32x32 pixels, the options
+  of the space for CIFAR in fewer and narrower blocks.
 
 The truth of a path is class-mean accuracy on everything that no search and no training of the target sees: the test
 images, and those that the tail leaves out.
@@ -15,7 +15,6 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional
 
 from fl_edge.data.config import DataConfig
 from fl_edge.data.images import ImageSet, load_test, load_train
@@ -23,13 +22,13 @@ from fl_edge.imbnas.adaptation import Source
 from fl_edge.imbnas.config import RetrainConfig, SuperConfig, TailConfig
 from fl_edge.imbnas.longtail import LongTailTask, make_task
 from fl_edge.imbnas.source import balanced_source, load_source
-from fl_edge.imbnas.space import Architecture, Space, cifar_space, digits_space
+from fl_edge.imbnas.space import Architecture, Space, Stage, cifar_space, digits_space
 from fl_edge.seeding import numpy_rng
 
 SAME, OTHER, SYNTHETIC = "digits", "digits, other classes", "synthetic"
 RATIOS = (10, 50, 100)
 BALANCED = 1
-_SAMPLED = 24  # paths of a space in which not all can be trained
+_SAMPLED = 20  # paths of a space in which not all can be trained
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,16 @@ class Pair:
     ----------
     data
         Both are cut from.
-    apart
-        The source has the classes of even number, the target the others; else both have all.
+    source_classes, target_classes
+        Which of its classes each has.
     space
         Searched.
     ratios
         Of the tails.
     all_paths
         Every path is looked at; else a fixed draw of them.
+    at_once
+        Trainings of a path that run side by side; larger networks gain nothing by it.
     supernet
         Training of the super-network.
     truth, steps
@@ -55,30 +56,36 @@ class Pair:
     """
 
     data: DataConfig
-    apart: bool
+    source_classes: slice
+    target_classes: slice
     space: Space
     ratios: tuple[int, ...]
     all_paths: bool
+    at_once: int
     supernet: SuperConfig
     truth: RetrainConfig
     steps: int
 
 
+_ALL = slice(None)
 _SMALL = RetrainConfig(batch_size=16, learning_rate=0.05, crop_padding=0, flip=False)
-_DIGITS = Pair(DataConfig(), False, digits_space(), RATIOS, True, SuperConfig(), _SMALL, 400)
+_DIGITS = Pair(DataConfig(), _ALL, _ALL, digits_space(), RATIOS, True, 12, SuperConfig(), _SMALL, 400)
+_TEXTURED = Pair(
+    data=DataConfig(source="synthetic", per_class=3000),
+    source_classes=slice(0, 5),
+    target_classes=slice(5, 10),
+    space=Space(8, (Stage(8, 2, 2), Stage(16, 2, 2), Stage(32, 2, 2)), cifar_space().options),
+    ratios=(100,),
+    all_paths=False,
+    at_once=1,
+    supernet=SuperConfig(epochs=12),
+    truth=replace(_SMALL, batch_size=32, learning_rate=0.1),
+    steps=800,
+)
 PAIRS = {
     SAME: _DIGITS,
-    OTHER: replace(_DIGITS, apart=True, ratios=(100,)),
-    SYNTHETIC: Pair(
-        DataConfig(source="synthetic", per_class=400),
-        True,
-        cifar_space(4),
-        (100,),
-        False,
-        SuperConfig(epochs=60),
-        _SMALL,
-        600,
-    ),
+    OTHER: replace(_DIGITS, source_classes=slice(0, None, 2), target_classes=slice(1, None, 2), ratios=(100,)),
+    SYNTHETIC: _TEXTURED,
 }
 
 
@@ -88,8 +95,10 @@ def architectures(pair: str, quick: bool) -> list[Architecture]:
     if PAIRS[pair].all_paths and not quick:
         return list(space.all())
     rng, sizes = numpy_rng(0, "sampled paths"), [len(options) for options in space.choices]
-    drawn = {tuple(int(rng.integers(size)) for size in sizes) for _ in range(_SAMPLED - 1)}
-    return [fixed(pair), *sorted(drawn - {fixed(pair)})]
+    drawn = {fixed(pair)}
+    while len(drawn) < _SAMPLED:
+        drawn.add(tuple(int(rng.integers(size)) for size in sizes))
+    return sorted(drawn)
 
 
 def fixed(pair: str) -> Architecture:
@@ -106,8 +115,8 @@ def tail(ratio: float) -> TailConfig:
 def make_target(pair: str, ratio: float, seed: int) -> LongTailTask:
     """Return the target: its tail, a balanced validation split, the test set."""
     train, test = _images(pair, seed)
-    odd = slice(1, None, 2) if PAIRS[pair].apart else slice(None)
-    return make_task(_classes(train, odd), _classes(test, odd), tail(ratio), seed)
+    chosen = PAIRS[pair].target_classes
+    return make_task(_classes(train, chosen), _classes(test, chosen), tail(ratio), seed)
 
 
 @functools.lru_cache(maxsize=32)
@@ -131,23 +140,14 @@ def make_source(pair: str, seed: int, quick: bool) -> Source:
     train, test = _images(pair, seed)
     recipe = PAIRS[pair].supernet
     recipe = replace(recipe, epochs=recipe.epochs // 8) if quick else recipe
-    even = slice(0, None, 2) if PAIRS[pair].apart else slice(None)
-    images = balanced_source(_classes(train, even), _classes(test, even), tail(BALANCED), seed)
+    chosen = PAIRS[pair].source_classes
+    images = balanced_source(_classes(train, chosen), _classes(test, chosen), tail(BALANCED), seed)
     return load_source(PAIRS[pair].space, images, recipe, seed)
 
 
 def _images(pair: str, seed: int) -> tuple[ImageSet, ImageSet]:
     config = PAIRS[pair].data
-    train, test = load_train(config, seed), load_test(config, seed)
-    if pair != SYNTHETIC:
-        return train, test
-    return _halved(train), _halved(test)
-
-
-@functools.lru_cache(maxsize=8)
-def _halved(images: ImageSet) -> ImageSet:
-    pixels = functional.avg_pool2d(images.images.float(), 2).round().to(torch.uint8)
-    return replace(images, images=pixels)
+    return load_train(config, seed), load_test(config, seed)
 
 
 def _classes(images: ImageSet, chosen: slice) -> ImageSet:

@@ -1,9 +1,9 @@
 """What the paths of a space are worth: each trained from scratch on the tail, many trainings of a path at once.
 
-``fl_edge.imbnas.retraining`` trains one network after another, which for networks this small is mostly waiting between
-operations. Here all ratios and seeds of a path are trained side by side: parameters stacked, the network mapped over
-them by ``torch.func.vmap``; no training knows of another. The schedule is the library's, as shares of a fixed number of
-steps, so that tails of every ratio get as many; the loss is balanced softmax.
+``fl_edge.imbnas.retraining`` trains one network after another, which for networks as small as those of digits is mostly
+waiting between operations. Here all ratios and seeds of such a path are trained side by side: parameters stacked, the
+network mapped over them by ``torch.func.vmap``; no training knows of another. The schedule is the library's, as shares
+of a fixed number of steps, so that tails of every ratio get as many; the loss is balanced softmax.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fl_edge.imbnas.tally import Tally
 from fl_edge.seeding import torch_rng
 
 _FORM = 1  # raised when the same settings give other figures
-_TOGETHER = 16  # paths whose figures are kept as one file
+_TOGETHER = 4  # paths whose figures are kept as one file
 _QUICK = 4  # times fewer steps
 
 
@@ -61,11 +61,17 @@ def truths(pair: str, seeds: Sequence[int], quick: bool) -> dict[int, NDArray[np
                 for ratio in ratios
                 for seed in seeds
             ]
-            found = [train_together(what.space, path, trainings, what.truth, steps) for path in chosen]
+            groups = [trainings[first : first + what.at_once] for first in range(0, len(trainings), what.at_once)]
+            found = [
+                np.concatenate([train_together(what.space, path, group, what.truth, steps) for group in groups])
+                for path in chosen
+            ]
             save_file({"accuracy": np.array(found).T.copy()}, folder / "truth.safetensors")
             print(f"{pair}: {start + len(chosen)} of {len(paths)} paths are trained", flush=True)
 
-        key = content_key(_FORM, what.data, what.apart, what.space, what.truth, steps, ratios, tuple(seeds), chosen)
+        key = content_key(
+            _FORM, what.data, what.target_classes, what.space, what.truth, steps, ratios, tuple(seeds), chosen
+        )
         folder = made_once("imbnas_truth", key, make, "truth")
         parts.append(load_file(folder / "truth.safetensors")["accuracy"])
     joined = np.concatenate(parts, axis=1).reshape(len(ratios), len(seeds), len(paths))
