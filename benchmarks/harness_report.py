@@ -54,12 +54,29 @@ def cell(entry: Mapping[str, Any] | None, digits: int) -> str:
     if entry is None:
         return "-"
     if "median" in entry:
-        return f"{entry['median']:.{digits}f} [{entry['q1']:.{digits}f}, {entry['q3']:.{digits}f}]"
+        spread = "" if entry["n"] == 1 else f" [{entry['q1']:.{digits}f}, {entry['q3']:.{digits}f}]"
+        return f"{entry['median']:.{digits}f}{spread}"
     spread = "" if entry["low"] is None else f" ± {entry['mean'] - entry['low']:.{digits}f}"
     return f"{entry['mean']:.{digits}f}{spread}"
 
 
-def print_table(
+def tables(cases: Sequence[str], results: Results) -> list[tuple[list[str], set[str]]]:
+    """Return cases and columns of each table: a case goes on with a table that has its columns, or only some of them.
+
+    Cases that were not asked for are left out; those whose peers are absent go on with whatever table there is.
+    """
+    found: list[tuple[list[str], set[str]]] = []
+    asked = {record["case"] for record in results.raw} | set(results.missing)
+    for case in (each for each in cases if each in asked):
+        keys = set(results.summary.get(case, {}))
+        if not found or not (keys <= found[-1][1] or keys >= found[-1][1]):
+            found.append(([], set()))
+        found[-1][0].append(case)
+        found[-1][1].update(keys)
+    return found
+
+
+def print_tables(
     console: Console,
     title: str,
     cases: Sequence[str],
@@ -69,9 +86,21 @@ def print_table(
     install: str,
 ) -> None:
     """Print one row a case, then one line a target."""
+    for rows, keys in tables(cases, results):
+        console.print(_table(title, rows, {key: value for key, value in columns.items() if key in keys}, results))
     caption = "real time: median [quartiles] over repetitions; all else: mean ± half of the 95 % interval over seeds"
+    console.print(caption, markup=False)
+    for case, needs in results.missing.items():
+        console.print(Text(f"{case}: not installed ({', '.join(needs)}); {install}", style="yellow"))
+    for target in targets:
+        value = "not measured" if target.value is None else f"{target.value:.4g}"
+        verdict, style = ("holds", "green") if target.holds else ("DOES NOT HOLD", "bold red")
+        console.print(f"{target.measure}: {value}, target {target.target}: {verdict}", style=style, markup=False)
+
+
+def _table(title: str, cases: Sequence[str], columns: Mapping[str, Column], results: Results) -> Table:
     # Text throughout: rich reads plain strings as markup, and would take "[quartiles]" and ".[bench]" for styles.
-    table = Table(title=Text(title), caption=Text(caption))
+    table = Table(title=Text(title))
     table.add_column("case")
     for column in columns.values():
         table.add_column(Text(column.heading), justify="right")
@@ -79,12 +108,6 @@ def print_table(
         entries = results.summary.get(case, {})
         cells = [cell(entries.get(key), column.digits) for key, column in columns.items()]
         if case in results.missing:
-            cells = ["not installed", *[""] * (len(columns) - 1)]
+            cells = ["not installed", *[""] * (len(columns) - 1)][: len(columns)]
         table.add_row(*map(Text, [case, *cells]), style="yellow" if case in results.missing else None)
-    console.print(table)
-    for case, needs in results.missing.items():
-        console.print(Text(f"{case}: not installed ({', '.join(needs)}); {install}", style="yellow"))
-    for target in targets:
-        value = "not measured" if target.value is None else f"{target.value:.4g}"
-        verdict, style = ("holds", "green") if target.holds else ("DOES NOT HOLD", "bold red")
-        console.print(f"{target.measure}: {value}, target {target.target}: {verdict}", style=style, markup=False)
+    return table

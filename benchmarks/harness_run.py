@@ -21,7 +21,7 @@ from benchmarks.harness_record import (
     versions,
     write_whole,
 )
-from benchmarks.harness_report import print_table, summarize
+from benchmarks.harness_report import print_tables, summarize
 
 INSTALL = 'pip install ".[bench]"'
 PACKAGES = ("fl-edge", "flwr", "ray", "torch", "numpy", "scikit-learn")
@@ -102,7 +102,7 @@ def run_benchmark(
     }
     write_whole(folder / f"{stem}.json", document, folder / f"{stem}.png", lambda path: benchmark.figure(results, path))
     partial.remove()
-    print_table(console, stem, [case.name for case in benchmark.cases], benchmark.columns, results, targets, INSTALL)
+    print_tables(console, stem, [case.name for case in benchmark.cases], benchmark.columns, results, targets, INSTALL)
     return 0
 
 

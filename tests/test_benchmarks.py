@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.__main__ import catalogue, main
 from benchmarks.harness import Benchmark, Case, Column, Results, Target
-from benchmarks.harness_report import interval, quartiles
+from benchmarks.harness_report import interval, quartiles, tables
 from benchmarks.harness_run import run_benchmark
 
 
@@ -168,6 +168,13 @@ def test_the_table_names_spread_and_kind_of_time(tmp_path: Path) -> None:
     assert "median [quartiles]" in text
     assert "0.915 ± 0.064" in text
     assert "accuracy: 0.915, target at least 0.99: DOES NOT HOLD" in text
+
+
+def test_cases_of_other_columns_are_in_another_table() -> None:
+    summary = {"a": {"x": {}, "y": {}}, "b": {"x": {}}, "c": {"z": {}}, "d": {"z": {}, "x": {}}, "e": {"y": {}}}
+    raw = [{"case": case, "seed": 0, "repetition": 0, "values": {}} for case in summary]
+    found = tables(["a", "absent", "b", "not asked", "c", "d", "e"], Results(raw, summary, {"absent": ["peer"]}))
+    assert found == [(["a", "absent", "b"], {"x", "y"}), (["c", "d"], {"x", "z"}), (["e"], {"y"})]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
