@@ -29,7 +29,7 @@ from benchmarks.imbnas_found import (
     measure_found,
     measure_loss,
 )
-from benchmarks.imbnas_ranks import BALANCED_TRUTH, HEAD, RANKERS, difference, measure_rank, one_thread, rank_case
+from benchmarks.imbnas_ranks import BALANCED_TRUTH, RANKERS, difference, measure_rank, one_thread, rank_case
 from benchmarks.imbnas_tasks import OTHER, PAIRS, RATIOS, SAME, make_source
 from benchmarks.imbnas_truth import truths
 from fl_edge.imbnas.config import LOSSES
@@ -165,6 +165,6 @@ BENCHMARK = Benchmark(
     prepare=prepare,
     seeds=SEEDS,
     quick_seeds=QUICK_SEEDS,
-    settings={"pairs": {name: repr(pair) for name, pair in PAIRS.items()}, "head": vars(HEAD)},
+    settings={"pairs": {name: repr(pair) for name, pair in PAIRS.items()}},
     packages=("scipy",),
 )

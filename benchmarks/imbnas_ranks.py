@@ -23,7 +23,7 @@ from benchmarks.harness import Results
 from benchmarks.imbnas_tasks import BALANCED, PAIRS, architectures, make_source, make_target
 from benchmarks.imbnas_truth import truths
 from fl_edge.imbnas.adaptation import PROCEDURES, adapt
-from fl_edge.imbnas.config import AdaptConfig, HeadConfig, SuperConfig
+from fl_edge.imbnas.config import AdaptConfig, SuperConfig
 from fl_edge.imbnas.ranking import Interval, kendall, regret, spearman, tau_difference
 from fl_edge.imbnas.scoring import Scorer
 
@@ -31,7 +31,6 @@ Floats = NDArray[np.float64]
 
 BALANCED_TRUTH, ANOTHER = "balanced truth", "another seed"
 RANKERS = (*PROCEDURES, BALANCED_TRUTH, ANOTHER)
-HEAD = HeadConfig(epochs=60, batch_size=128, learning_rate=0.5, ridge=1e-2)
 _QUICK = 8  # times fewer epochs
 
 
@@ -90,7 +89,7 @@ def scores(pair: str, ratio: int, procedure: str, seed: int, quick: bool) -> tup
 
 def adapting(pair: str, ratio: int, quick: bool) -> AdaptConfig:
     """Return the settings of all adaptations; a search from scratch has as many steps as the source's training had."""
-    recipe, head = PAIRS[pair].supernet, HEAD
+    recipe, head = PAIRS[pair].supernet, PAIRS[pair].head
     if quick:
         recipe = replace(recipe, epochs=recipe.epochs // _QUICK)
         head = replace(head, epochs=head.epochs // _QUICK)

@@ -19,7 +19,7 @@ import torch
 from fl_edge.data.config import DataConfig
 from fl_edge.data.images import ImageSet, load_test, load_train
 from fl_edge.imbnas.adaptation import Source
-from fl_edge.imbnas.config import RetrainConfig, SuperConfig, TailConfig
+from fl_edge.imbnas.config import HeadConfig, RetrainConfig, SuperConfig, TailConfig
 from fl_edge.imbnas.longtail import LongTailTask, make_task
 from fl_edge.imbnas.source import balanced_source, load_source
 from fl_edge.imbnas.space import Architecture, Space, Stage, cifar_space, digits_space
@@ -51,6 +51,8 @@ class Pair:
         Trainings of a path that run side by side; larger networks gain nothing by it.
     supernet
         Training of the super-network.
+    head
+        Training of heads on it; epochs such that P1 costs a small part of a training from scratch.
     truth, steps
         Training of a path, and how many steps it has.
     """
@@ -63,13 +65,15 @@ class Pair:
     all_paths: bool
     at_once: int
     supernet: SuperConfig
+    head: HeadConfig
     truth: RetrainConfig
     steps: int
 
 
 _ALL = slice(None)
 _SMALL = RetrainConfig(batch_size=16, learning_rate=0.05, crop_padding=0, flip=False)
-_DIGITS = Pair(DataConfig(), _ALL, _ALL, digits_space(), RATIOS, True, 12, SuperConfig(), _SMALL, 400)
+_HEAD = HeadConfig(epochs=80, batch_size=64, learning_rate=1.0, ridge=1e-2)
+_DIGITS = Pair(DataConfig(), _ALL, _ALL, digits_space(), RATIOS, True, 12, SuperConfig(), _HEAD, _SMALL, 400)
 _TEXTURED = Pair(
     data=DataConfig(source="synthetic", per_class=3000),
     source_classes=slice(0, 5),
@@ -79,6 +83,7 @@ _TEXTURED = Pair(
     all_paths=False,
     at_once=1,
     supernet=SuperConfig(epochs=12),
+    head=replace(_HEAD, epochs=10),
     truth=replace(_SMALL, batch_size=32, learning_rate=0.1),
     steps=800,
 )
