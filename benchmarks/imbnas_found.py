@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.clientapp import ClientApp
 
 from benchmarks.imbnas_ranks import adapting, scores, worth_of
@@ -24,6 +25,7 @@ from benchmarks.imbnas_tasks import PAIRS, architectures, fixed, make_source, ma
 from fl_edge.clients.cache import WeightCache
 from fl_edge.clients.imbnas import ImbNasClient, ImbNasWorkload
 from fl_edge.data.config import PartitionConfig
+from fl_edge.data.images import ImageSet
 from fl_edge.imbnas.adaptation import PROCEDURES, adapt
 from fl_edge.imbnas.config import FederatedConfig, LossConfig, RetrainConfig, SearchConfig
 from fl_edge.imbnas.retraining import retrain
@@ -92,7 +94,7 @@ def measure_loss(pair: str, loss: str, seeds: Sequence[int], seed: int, quick: b
 
 
 def measure_federated(pair: str, seeds: Sequence[int], seed: int, quick: bool) -> Mapping[str, Any]:  # noqa: ARG001
-    """Search on devices and on one machine; say whether candidates, scores and winner are the same."""
+    """Search on devices and on one machine; say whether scores, in their order, and winner are the same."""
     task, source, config = make_target(pair, 100, seed), make_source(pair, seed, quick), adapting(pair, 100, quick)
     settings = FederatedConfig(
         procedure="own", final_rounds=0, compare=False, head=config.head, loss=config.loss,
@@ -106,8 +108,8 @@ def measure_federated(pair: str, seeds: Sequence[int], seed: int, quick: bool) -
         ImbNasClient(lambda context: work[int(context.node_config["partition-id"])], cache=cache).register(app)
         strategy = ImbNas(source, task.test, settings, seed=seed, min_devices=DEVICES)
         report = strategy.start(LocalGrid(app, DEVICES))
-    score = Scorer(adapt(PROCEDURES["own"], source, task, config, seed), config, seed).on(task.validation)
-    central = evolve(PAIRS[pair].space, score, settings.search, seed)
+    score = Scorer(adapt(PROCEDURES["own"], source, replace(task, train=_union(shards)), config, seed), config, seed)
+    central = evolve(PAIRS[pair].space, score.on(task.validation), settings.search, seed)
     together = report.histories["search"]
     return {
         "same_winner": float(winner(together).architecture == winner(central).architecture),
@@ -115,3 +117,10 @@ def measure_federated(pair: str, seeds: Sequence[int], seed: int, quick: bool) -
         "lost": float(len(report.lost)),
         "traffic_mb": (report.up_bytes + report.down_bytes) / 1e6,
     }
+
+
+def _union(shards: Sequence[tuple[ImageSet, ImageSet]]) -> ImageSet:
+    """Return all devices' training images, device after device: in another order another draw estimates BatchNorm's."""
+    sets = [train for train, _ in shards]
+    images, labels = (torch.cat([getattr(each, name) for each in sets]) for name in ("images", "labels"))
+    return replace(sets[0], images=images, labels=labels)
