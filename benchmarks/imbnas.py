@@ -20,8 +20,9 @@ from typing import Any
 from benchmarks.harness import Benchmark, Case, Column, Results, Target
 from benchmarks.imbnas_figure import figure
 from benchmarks.imbnas_found import (
-    FOUND,
+    RANDOM,
     RESNET,
+    compared,
     federated_case,
     found_case,
     loss_case,
@@ -48,16 +49,16 @@ MEASURES: dict[str, Callable[[Sequence[int], int, bool], Mapping[str, Any]]] = {
     },
     **{
         found_case(pair, ratio, who): partial(measure_found, pair, ratio, who)
-        for pair in _DIGITS
+        for pair in PAIRS
         for ratio in PAIRS[pair].ratios
-        for who in FOUND
+        for who in compared(pair)
     },
     **{loss_case(pair, loss): partial(measure_loss, pair, loss) for pair in PAIRS for loss in LOSSES},
     **{federated_case(pair): partial(measure_federated, pair) for pair in _DIGITS},
 }
 QUICK = {
     *(rank_case(SAME, 100, ranker) for ranker in RANKERS),
-    *(found_case(SAME, 100, who) for who in FOUND),
+    *(found_case(SAME, 100, who) for who in compared(SAME)),
     *(loss_case(SAME, loss) for loss in LOSSES),
     federated_case(SAME),
 }
@@ -86,17 +87,14 @@ def targets(results: Results) -> list[Target]:
         if loss_case(pair, "ce") not in asked:
             continue
         lines += [_better(results, pair), _cost(results, pair), _recommended(results, pair), _few(results, pair)]
+        lines += [
+            _above_other(results, pair, other) for other in ("P0", f"P1{RANDOM}", RESNET) if other in compared(pair)
+        ]
     for pair in _DIGITS:
-        if federated_case(pair) not in asked:
-            continue
-        chosen = {who: results.center(found_case(pair, 100, who), "chosen") for who in FOUND}
-        for other in ("P0", "P1, random search", RESNET):
-            lines.append(_above(f"{found_case(pair, 100, 'P1')}, above {other}", _less(chosen["P1"], chosen[other])))
-        winners = results.values(federated_case(pair), "same_winner")
-        lines.append(
-            Target.at_least(f"{federated_case(pair)}: same winner as one machine, least of all seeds",
-                            min(winners) if winners else None, 1)
-        )  # fmt: skip
+        if federated_case(pair) in asked:
+            same = results.values(federated_case(pair), "same_winner")
+            measure = f"{federated_case(pair)}: same winner as one machine, least of all seeds"
+            lines.append(Target.at_least(measure, min(same, default=None), 1))
     return lines
 
 
@@ -112,6 +110,11 @@ def _better(results: Results, pair: str) -> Target:
     measure = f"{pair}, ratio 100: tau of P1 less that of P0, lower end of its 95 % interval"
     # of a proxy whose scores are all equal there is no tau
     return _above(measure, None if found is None or math.isnan(found.low) else found.low)
+
+
+def _above_other(results: Results, pair: str, other: str) -> Target:
+    chosen, less = (results.center(found_case(pair, 100, who), "chosen") for who in ("P1", other))
+    return _above(f"{found_case(pair, 100, 'P1')}, above {other}", _less(chosen, less))
 
 
 def _cost(results: Results, pair: str) -> Target:

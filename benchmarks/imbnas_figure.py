@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Results
-from benchmarks.imbnas_found import FOUND, found_case, loss_case
+from benchmarks.imbnas_found import compared, found_case, loss_case
 from benchmarks.imbnas_ranks import RANKERS, rank_case
-from benchmarks.imbnas_tasks import OTHER, PAIRS, SAME
+from benchmarks.imbnas_tasks import OTHER, PAIRS, SAME, SYNTHETIC
 from fl_edge.imbnas.config import LOSSES
 from fl_edge.imbnas.tally import GROUPS
 from fl_edge.plotting import BLUE, GREY, ORANGE, new_figure
@@ -71,13 +71,14 @@ def _by_pair(axis: Any, results: Results) -> None:
 
 
 def _found(axis: Any, results: Results) -> None:
-    for offset, pair, color in ((-0.2, SAME, GREY), (0.2, OTHER, BLUE)):
-        values = [results.center(found_case(pair, 100, who), "chosen") or 0 for who in FOUND]
-        axis.barh([place + offset for place in range(len(FOUND))], values, 0.38, color=color, label=pair)
-    axis.set_yticks(range(len(FOUND)), FOUND)
+    names, known = compared(SAME), []
+    for offset, pair, color in ((-0.27, SAME, GREY), (0, OTHER, BLUE), (0.27, SYNTHETIC, ORANGE)):
+        values = [results.center(found_case(pair, 100, who), "chosen") for who in names]
+        shown = [(place + offset, value) for place, value in enumerate(values) if value is not None]
+        axis.barh([place for place, _ in shown], [value for _, value in shown], 0.26, color=color, label=pair)
+        known += [value for _, value in shown]
+    axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    lowest = [results.center(found_case(pair, 100, who), "chosen") for pair in (SAME, OTHER) for who in FOUND]
-    known = [each for each in lowest if each is not None]
     axis.set_xlim(left=max(0, min(known, default=0) - 0.05))
     axis.set_title("Balanced accuracy of what is found, ratio 100", loc="left", fontsize=11)
     axis.legend(fontsize=8, frameon=False, loc="lower left")

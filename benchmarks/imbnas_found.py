@@ -27,7 +27,7 @@ from fl_edge.clients.imbnas import ImbNasClient, ImbNasWorkload
 from fl_edge.data.config import PartitionConfig
 from fl_edge.data.images import ImageSet
 from fl_edge.imbnas.adaptation import PROCEDURES, adapt
-from fl_edge.imbnas.config import FederatedConfig, LossConfig, RetrainConfig, SearchConfig
+from fl_edge.imbnas.config import FederatedConfig, LossConfig, SearchConfig
 from fl_edge.imbnas.retraining import retrain
 from fl_edge.imbnas.scoring import Scorer
 from fl_edge.imbnas.search import evolve, random_search, winner
@@ -40,11 +40,16 @@ from fl_edge.strategies.imbnas import ImbNas
 SEARCH = SearchConfig(population=8, top=3, generations=4, mutants=3, crosses=3)
 QUICK_SEARCH = SearchConfig(population=4, top=2, generations=1, mutants=1, crosses=1)
 BUDGET = SEARCH.population * (SEARCH.generations + 1)
-FINAL = RetrainConfig(epochs=160, batch_size=32, learning_rate=0.05, crop_padding=0, flip=False)
 DEVICES = 8
 RESNET, RANDOM_PATH, BEST = "the small ResNet", "a path at random", "the best path"
-SEARCHES = ("P0", "P1", "P1, random search", "own", "own, random search")
-FOUND = (*SEARCHES, RESNET, RANDOM_PATH, BEST)
+RANDOM = ", random search"
+SEARCHES = ("P0", "P1", f"P1{RANDOM}", "own", f"own{RANDOM}")
+
+
+def compared(pair: str) -> tuple[str, ...]:
+    """Return what is compared on a pair; of a draw of paths, a search has nothing to choose by."""
+    searches = [who for who in SEARCHES if PAIRS[pair].all_paths or RANDOM not in who]
+    return (*searches, RESNET, RANDOM_PATH, BEST)
 
 
 def found_case(pair: str, ratio: int, who: str) -> str:
@@ -87,7 +92,8 @@ def search(pair: str, ratio: int, who: str, seed: int, quick: bool) -> Architect
 
 def measure_loss(pair: str, loss: str, seeds: Sequence[int], seed: int, quick: bool) -> Mapping[str, Any]:  # noqa: ARG001
     """Train what own heads find with one loss."""
-    task, recipe = make_target(pair, 100, seed), replace(FINAL, epochs=FINAL.epochs // (8 if quick else 1))
+    task, recipe = make_target(pair, 100, seed), PAIRS[pair].final
+    recipe = replace(recipe, epochs=recipe.epochs // 8) if quick else recipe
     architecture = search(pair, 100, "own", seed, quick)
     tally = Tally.from_confusion(retrain(PAIRS[pair].space, architecture, task, loss, LossConfig(), recipe, seed))
     return {"chosen": tally.balanced, **group_accuracies(tally, task.counts, tail(100))}

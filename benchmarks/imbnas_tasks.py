@@ -54,7 +54,9 @@ class Pair:
     head
         Training of heads on it; epochs such that P1 costs a small part of a training from scratch.
     truth, steps
-        Training of a path, and how many steps it has.
+        Training of a path for what it is worth, and how many steps it has.
+    final
+        Training of what was found, with every loss.
     """
 
     data: DataConfig
@@ -68,12 +70,25 @@ class Pair:
     head: HeadConfig
     truth: RetrainConfig
     steps: int
+    final: RetrainConfig
 
 
-_ALL = slice(None)
 _SMALL = RetrainConfig(batch_size=16, learning_rate=0.05, crop_padding=0, flip=False)
 _HEAD = HeadConfig(epochs=80, batch_size=64, learning_rate=1.0, ridge=1e-2)
-_DIGITS = Pair(DataConfig(), _ALL, _ALL, digits_space(), RATIOS, True, 12, SuperConfig(), _HEAD, _SMALL, 400)
+_DIGITS = Pair(
+    data=DataConfig(),
+    source_classes=slice(None),
+    target_classes=slice(None),
+    space=digits_space(),
+    ratios=RATIOS,
+    all_paths=True,
+    at_once=12,
+    supernet=SuperConfig(),
+    head=_HEAD,
+    truth=_SMALL,
+    steps=400,
+    final=replace(_SMALL, epochs=160, batch_size=32),
+)
 _TEXTURED = Pair(
     data=DataConfig(source="synthetic", per_class=3000),
     source_classes=slice(0, 5),
@@ -86,6 +101,7 @@ _TEXTURED = Pair(
     head=replace(_HEAD, epochs=10),
     truth=replace(_SMALL, batch_size=32, learning_rate=0.1),
     steps=800,
+    final=replace(_SMALL, epochs=12, batch_size=32, learning_rate=0.1),
 )
 PAIRS = {
     SAME: _DIGITS,
