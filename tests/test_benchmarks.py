@@ -171,7 +171,8 @@ def test_the_table_names_spread_and_kind_of_time(tmp_path: Path) -> None:
 
 
 def test_cases_of_other_columns_are_in_another_table() -> None:
-    summary = {"a": {"x": {}, "y": {}}, "b": {"x": {}}, "c": {"z": {}}, "d": {"z": {}, "x": {}}, "e": {"y": {}}}
+    columns = {"a": "xy", "b": "x", "c": "z", "d": "zx", "e": "y"}
+    summary: dict[str, dict[str, dict[str, Any]]] = {case: {key: {} for key in columns[case]} for case in columns}
     raw = [{"case": case, "seed": 0, "repetition": 0, "values": {}} for case in summary]
     found = tables(["a", "absent", "b", "not asked", "c", "d", "e"], Results(raw, summary, {"absent": ["peer"]}))
     assert found == [(["a", "absent", "b"], {"x", "y"}), (["c", "d"], {"x", "z"}), (["e"], {"y"})]
