@@ -105,7 +105,13 @@ _TEXTURED = Pair(
 )
 PAIRS = {
     SAME: _DIGITS,
-    OTHER: replace(_DIGITS, source_classes=slice(0, None, 2), target_classes=slice(1, None, 2), ratios=(100,)),
+    OTHER: replace(
+        _DIGITS,
+        source_classes=slice(0, None, 2),
+        target_classes=slice(1, None, 2),
+        ratios=(100,),
+        head=replace(_HEAD, epochs=60),
+    ),
     SYNTHETIC: _TEXTURED,
 }
 
