@@ -100,7 +100,7 @@ _TEXTURED = Pair(
     supernet=SuperConfig(epochs=12),
     head=replace(_HEAD, epochs=10),
     truth=replace(_SMALL, batch_size=32, learning_rate=0.1),
-    steps=800,
+    steps=1600,
     final=replace(_SMALL, epochs=12, batch_size=32, learning_rate=0.1),
 )
 PAIRS = {
