@@ -3,7 +3,7 @@
 Parts, each in a module of its own that says what is compared with what, and how:
 
 * sources, targets and search spaces (:mod:`benchmarks.imbnas_tasks`);
-* what every path is worth, by training it (:mod:`benchmarks.imbnas_truth`): two hours of one core, kept on disk;
+* what every path is worth, by training it (:mod:`benchmarks.imbnas_truth`): some four hours of one core, kept on disk;
 * ranks by P0 to P4 and own heads (:mod:`benchmarks.imbnas_ranks`);
 * searches, losses of the final training, and devices (:mod:`benchmarks.imbnas_found`).
 

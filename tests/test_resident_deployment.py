@@ -75,7 +75,7 @@ def no_secrets(deployment: Deployment, run_folder: Path) -> None:
     secrets = [line for key in keys for line in key.splitlines() if len(line) > 40]
     for file in [*(deployment.folder / "logs").iterdir(), *run_folder.rglob("*")]:
         text = file.read_text(errors="replace") if file.is_file() else ""
-        assert "token" not in text, file
+        assert not re.search("(?<!task-)token", text), file  # Flower itself may say that a task-token has ended
         assert not [secret for secret in secrets if secret in text], file
 
 
