@@ -13,7 +13,9 @@ from fl_edge.imbnas.config import LOSSES
 from fl_edge.imbnas.tally import GROUPS
 from fl_edge.plotting import BLUE, GREY, ORANGE, new_figure
 
-_COLOURS = {"P1": BLUE, "own": ORANGE, "P0": "black"}
+_THICK = {"P1": BLUE, "own": ORANGE, "P0": "black"}
+_THIN = ("skyblue", "tab:green", "tab:olive", "tab:red", "tab:purple", "tab:brown")
+_COLOURS = _THICK | dict(zip([ranker for ranker in RANKERS if ranker not in _THICK], _THIN, strict=True))
 
 
 def figure(results: Results, path: Path) -> None:
@@ -39,8 +41,8 @@ def _by_ratio(axis: Any, results: Results) -> None:
                 [ratio for ratio, _ in known],
                 [entry["mean"] for _, entry in known],
                 marker="o",
-                color=_COLOURS.get(ranker),
-                linewidth=2.2 if ranker in _COLOURS else 1.0,
+                color=_COLOURS[ranker],
+                linewidth=2.2 if ranker in _THICK else 1.0,
                 label=ranker,
             )
     axis.set(xscale="log", xlabel="ratio of the tail", ylabel="Kendall's tau with the truth")
@@ -63,7 +65,7 @@ def _by_pair(axis: Any, results: Results) -> None:
             [entry["high"] - entry["mean"] if entry["high"] is not None else 0 for _, entry in known],
         ]
         places = [place + (number - (len(RANKERS) - 1) / 2) * width for place, _ in known]
-        axis.bar(places, heights, width, yerr=spread, label=ranker, color=_COLOURS.get(ranker), error_kw={"lw": 0.7})
+        axis.bar(places, heights, width, yerr=spread, label=ranker, color=_COLOURS[ranker], error_kw={"lw": 0.7})
     axis.set_xticks(range(len(pairs)), pairs)
     axis.axhline(0, color=GREY, linewidth=0.8)
     axis.set_title("Kendall's tau with the truth, ratio 100, by source", loc="left", fontsize=11)
@@ -81,13 +83,13 @@ def _found(axis: Any, results: Results) -> None:
     axis.invert_yaxis()
     axis.set_xlim(left=max(0, min(known, default=0) - 0.05))
     axis.set_title("Balanced accuracy of what is found, ratio 100", loc="left", fontsize=11)
-    axis.legend(fontsize=8, frameon=False, loc="lower left")
+    axis.legend(fontsize=8, frameon=False, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.06))
 
 
 def _groups(axis: Any, results: Results) -> None:
     for number, (group, color) in enumerate(zip(GROUPS, (GREY, BLUE, ORANGE), strict=True)):
         values = [results.center(loss_case(SAME, loss), group) or 0 for loss in LOSSES]
         axis.bar([place + (number - 1) * 0.27 for place in range(len(LOSSES))], values, 0.26, color=color, label=group)
-    axis.set_xticks(range(len(LOSSES)), LOSSES, fontsize=8)
+    axis.set_xticks(range(len(LOSSES)), [loss.replace("_", "\n") for loss in LOSSES], fontsize=8)
     axis.set_title(f"{SAME}, ratio 100: accuracy by class group and loss, same path", loc="left", fontsize=11)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))

@@ -98,7 +98,7 @@ _TEXTURED = Pair(
     all_paths=False,
     at_once=1,
     supernet=SuperConfig(epochs=12),
-    head=replace(_HEAD, epochs=10),
+    head=replace(_HEAD, epochs=8),
     truth=replace(_SMALL, batch_size=32, learning_rate=0.1),
     steps=1600,
     final=replace(_SMALL, epochs=12, batch_size=32, learning_rate=0.1),
