@@ -69,7 +69,7 @@ def _by_pair(axis: Any, results: Results) -> None:
     axis.set_xticks(range(len(pairs)), pairs)
     axis.axhline(0, color=GREY, linewidth=0.8)
     axis.set_title("Kendall's tau with the truth, ratio 100, by source", loc="left", fontsize=11)
-    axis.legend(fontsize=8, frameon=False, ncol=3)
+    axis.legend(fontsize=8, frameon=False, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.06))
 
 
 def _found(axis: Any, results: Results) -> None:
