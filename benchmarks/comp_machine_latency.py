@@ -114,10 +114,10 @@ def _draw(layer: LayerPlan, gone: tuple[int, int], rng: np.random.Generator) -> 
 def decode(model: Any, prompt: Tensor, count: int) -> float:
     """Return the seconds a token of ``count`` tokens decoded one by one after a prompt (1, n)."""
     given = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    token, cache = given.logits[:, -1:].argmax(-1), given.past_key_values
+    token, cache = given.logits[:, -1:].argmax(-1), given.cache
     started = _now(model)
     for _ in range(count):
-        given = model(input_ids=token, past_key_values=cache, use_cache=True)
+        given = model(input_ids=token, cache=cache, use_cache=True)
         token = given.logits[:, -1:].argmax(-1)
     return (_now(model) - started) / count
 

@@ -115,7 +115,7 @@ def test_generation_counts_layers_and_positions_as_the_model_has_them(
     assert torch.equal(sliced.generate(**inputs, use_cache=False, **ASKED), expected)
     cache = transformers.DynamicCache(config=sliced.config)
     assert len(cache.layers) == DEPTH - len(gone)
-    sliced(**inputs, past_key_values=cache, use_cache=True)
+    sliced(**inputs, cache=cache, use_cache=True)
     assert len(cache.layers) == DEPTH - len(gone)
     assert [cache.get_seq_length(layer) for layer in range(len(cache.layers))] == [6] * (DEPTH - len(gone))
 

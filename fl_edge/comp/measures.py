@@ -160,7 +160,7 @@ def _decode_ms(model: Any, token: Tensor) -> float:
     def decode() -> None:
         cache = None
         for _ in range(_DECODED):
-            cache = model(token, past_key_values=cache, use_cache=True).past_key_values
+            cache = model(token, cache=cache, use_cache=True).cache
 
     return _ms(model, decode) / _DECODED
 

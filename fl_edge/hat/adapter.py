@@ -90,7 +90,7 @@ class Adapter(nn.Module):
                 hidden_states=self.input_norm(states),
                 position_embeddings=rotary.to(states.device)(states, positions),
                 attention_mask=mask,
-                past_key_values=cache,
+                cache=cache,
             )
             features: Tensor = self.output_norm(states + leaving)
             return features

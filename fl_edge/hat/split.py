@@ -104,7 +104,7 @@ class DeviceModel(nn.Module):
             count = tokens.shape[1]
             before = (0 if cache is None else cache.get_seq_length()) - (len(parents) - count)
             tree = tree_attention(self.config, parents, count, before, self.device, self.dtype)
-        found = self.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **tree)
+        found = self.body(input_ids=tokens, cache=cache, use_cache=cache is not None, **tree)
         states: Tensor = found.last_hidden_state
         return states
 
@@ -172,7 +172,7 @@ class MiddleModel(nn.Module):
         """
         found = self.body(
             inputs_embeds=states,
-            past_key_values=cache,
+            cache=cache,
             position_ids=positions,
             use_cache=cache is not None,
             **attention,
