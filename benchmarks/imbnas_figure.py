@@ -14,7 +14,7 @@ from fl_edge.imbnas.tally import GROUPS
 from fl_edge.plotting import BLUE, GREY, ORANGE, new_figure
 
 _THICK = {"P1": BLUE, "own": ORANGE, "P0": "black"}
-_THIN = ("skyblue", "tab:green", "tab:olive", "tab:red", "tab:purple", "tab:brown")
+_THIN = ("skyblue", "tab:green", "tab:olive", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
 _COLOURS = _THICK | dict(zip([ranker for ranker in RANKERS if ranker not in _THICK], _THIN, strict=True))
 
 

@@ -23,6 +23,7 @@ from fl_edge.strategies.imbnas import ImbNas
 from simulations.running import close_run, open_run, say
 from simulations.scenario import ImbNasScenario
 
+_SCORES = {"accuracy": "class-mean accuracy", "probability": "class-mean probability of the right class"}
 _PACKAGES = ("fl-edge", "flwr", "torch", "numpy", "scipy", "scikit-learn", "flwr-datasets", "datasets")
 
 
@@ -60,7 +61,8 @@ def run_imbnas(grid: Grid, scenario: ImbNasScenario) -> ImbNas:
     _show(report, scenario.tail)
     real_s = sum(row["real_s"] for row in folder.rounds)
     summary = {**report.summary(scenario.tail), "rounds": strategy.server_round, "real_s": real_s}
-    close_run(folder, scenario, summary, draw(report), _PACKAGES, "IMB-NAS", _rows(report, summary))
+    rows = _rows(report, summary, strategy.procedure.score)
+    close_run(folder, scenario, summary, draw(report), _PACKAGES, "IMB-NAS", rows)
     return strategy
 
 
@@ -76,13 +78,13 @@ def _show(report: ImbNasReport, tail: TailConfig) -> None:
     Console(width=120).print(table)
 
 
-def _rows(report: ImbNasReport, summary: dict[str, Any]) -> dict[str, str]:
+def _rows(report: ImbNasReport, summary: dict[str, Any], score: str) -> dict[str, str]:
     counts = report.counts.tolist()
     scored = ", ".join(f"{count} in {name}" for name, count in summary["scored"].items())
     return {
         "training images": f"{sum(counts)} over all devices, by class {' '.join(map(str, counts))}"[:80],
         "found together": report.names[report.winner.architecture],
-        "its score": f"{report.winner.score:.4f}, class-mean accuracy on the devices' validation images",
+        "its score": f"{report.winner.score:.4f}, {_SCORES[score]} on the devices' validation images",
         "architectures scored": scored,
         "real time": f"{summary['real_s']:.1f} s",
         "traffic": f"{report.up_bytes / 1e6:.1f} MB up, {report.down_bytes / 1e6:.1f} MB down in tensors",

@@ -73,7 +73,7 @@ def test_batch_by_batch_statistics_take_one_exchange(site: Site) -> None:
     batchwise = replace(BRIEF.batchnorm, layerwise=False)
     strategy = site.strategy(procedure="P1", final_rounds=0, compare=False, batchnorm=batchwise)
     strategy.start(LocalGrid(listening, 3))  # type: ignore[arg-type]
-    assert kinds.count("moments") == kinds.count("tally") == 2 * 3
+    assert kinds.count("moments") == kinds.count("accuracy") == 2 * 3
     assert 0 < strategy.report.winner.score <= 1
 
 
@@ -235,7 +235,7 @@ def negative(_said: Any, tensors: dict[str, Tensor]) -> None:
         ("moments", negative, "a count or a sum of squares below 0"),
         ("slope", nan, "candidate 0 is not all finite"),
         ("gram", cut, "has not the 81 numbers that are due"),
-        ("tally", boast, "is not one of the 25 images it has"),
+        ("probability", boast, "is not one of the 25 images it has"),
     ],
 )
 def test_forged_sums_leave_their_device_out(site: Site, kind: str, change: Any, says: str) -> None:

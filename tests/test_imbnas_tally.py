@@ -72,6 +72,32 @@ def test_classes_without_samples_are_left_out() -> None:
             getattr(Tally.empty(3), score)
 
 
+@settings(deadline=None)
+@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 80), max_size=4), size=st.integers(0, 80))
+def test_expected_right_answers_add_up_to_the_bit_in_any_order(seed: int, cuts: list[int], size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = (4 * torch.randn(size, 5, generator=generator, dtype=torch.float64)).softmax(1)
+    labels = torch.randint(5, (size,), generator=generator)
+    shards = torch.tensor_split(torch.randperm(size, generator=generator), sorted(cuts))
+    whole = Tally.expected(probabilities, labels)
+    pooled = sum((Tally.expected(probabilities[s], labels[s]) for s in shards), Tally.empty(5))
+    assert torch.equal(pooled.correct, whole.correct)
+    assert torch.equal(pooled.total, whole.total)
+    for label in range(5):
+        own = probabilities[labels == label, label]
+        assert float(whole.correct[label]) == pytest.approx(float(own.sum()), abs=1e-7)
+        assert int(whole.total[label]) == len(own)
+
+
+def test_expected_right_answers_of_who_is_sure_are_the_right_ones() -> None:
+    labels, predictions = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 2, 1])
+    sure = torch.nn.functional.one_hot(predictions, 3).double()
+    expected, counted = Tally.expected(sure, labels), Tally.of(predictions, labels, 3)
+    assert expected.correct.tolist() == counted.correct.tolist()
+    assert expected.balanced == counted.balanced
+    assert expected.accuracy == counted.accuracy == 0.5
+
+
 def test_groups_at_their_bounds() -> None:
     found = groups(torch.tensor([101, 100, 20, 19, 0]))
     assert {name: classes.tolist() for name, classes in found.items()} == {

@@ -3,7 +3,8 @@
 Source: IMB-NAS compares such procedures and finds it best to freeze the backbone and retrain the linear head with a
 loss re-weighted late (DRW); only that much could be read. The labels P0 to P4 and what each does in detail are the
 specification's (section 6), by attributes: what happens to the backbone, which head, which loss. *Ours*: ``OWN``, the
-recommended setting; that P0 keeps the source's BatchNorm statistics as well, so that it ranks as on the source.
+recommended setting, and scores by probability; that P0 keeps the source's BatchNorm statistics as well, so that it
+ranks as on the source.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fl_edge.seeding import numpy_rng, torch_rng
 
 BACKBONES = ("source", "frozen", "tuned", "scratch")
 HEADS = ("kept", "shared", "own")
+SCORES = ("accuracy", "probability")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Adaptation:
         ``shared``: a fresh one for all paths. ``own``: one for each candidate, fitted when it is scored.
     loss
         Of all training on the target, see :func:`fl_edge.imbnas.losses.make_loss`.
+    score
+        Of a path, mean over classes and validation images. ``accuracy``: whether the answer is right.
+        ``probability``: that of the right class (ours).
 
     Raises
     ------
@@ -54,10 +59,13 @@ class Adaptation:
     backbone: str
     head: str
     loss: str
+    score: str = "accuracy"
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES or self.head not in HEADS:
             raise ConfigError(f"{self} is not allowed; backbones are {', '.join(BACKBONES)}, heads {', '.join(HEADS)}")
+        if self.score not in SCORES:
+            raise ConfigError(f"score={self.score} is not allowed; it must be one of {', '.join(SCORES)}")
         if self.head == "kept" and self.backbone in ("tuned", "scratch"):
             raise ConfigError(f"head=kept does not go with backbone={self.backbone}; it must be shared or own")
         if self.head != "kept" and self.backbone == "source":
@@ -66,7 +74,7 @@ class Adaptation:
             raise ConfigError(f"head=own does not go with loss={self.loss}; it must be one of {', '.join(CONVEX)}")
 
 
-OWN = Adaptation("frozen", "own", "balanced_softmax")
+OWN = Adaptation("frozen", "own", "balanced_softmax", "probability")
 PROCEDURES = {
     "P0": Adaptation("source", "kept", "ce"),
     "P1": Adaptation("frozen", "shared", "drw"),

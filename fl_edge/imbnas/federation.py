@@ -2,8 +2,8 @@
 
 Source: the specification, section 14 (its own inference; the papers know no devices). *Ours*: the forms. Everything
 that a search needs is a sum over images: BatchNorm's sums of one layer, features' sums for a candidate's own head, and
-right answers by class. Devices send sums, never images, labels or features; over any number of devices they come to
-what one process finds that has all images.
+right answers by class, or the probabilities of those. Devices send sums, never images, labels or features; over any
+number of devices they come to what one process finds that has all images.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fl_edge.data.images import ImageSet
 from fl_edge.errors import ReplyError
+from fl_edge.imbnas.adaptation import SCORES
 from fl_edge.imbnas.batchnorm import Moments, Statistics, next_moments, norms, statistics, store
 from fl_edge.imbnas.config import BatchNormConfig
 from fl_edge.imbnas.heads import Objective, gram_sums, loss_sums, standardised
@@ -27,7 +28,7 @@ from fl_edge.models.averaging import check_weights
 from fl_edge.seeding import torch_rng
 
 Named = dict[str, Tensor]
-KINDS = ("moments", "mean", "deviation", "gram", "slope", "tally")
+KINDS = ("moments", "mean", "deviation", "gram", "slope", *SCORES)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Question:
         ``moments``: BatchNorm's sums in front of the first norm that is not known. ``mean``: how many training images,
         and the sum of their features. ``deviation``: the sum of squared differences from ``mean``. ``gram``: see
         :func:`fl_edge.imbnas.heads.gram_sums`. ``slope``: :func:`fl_edge.imbnas.heads.loss_sums` at ``point``.
-        ``tally``: right answers and validation images by class.
+        ``accuracy``, ``probability``: right answers, or expected ones, and validation images by class.
     architectures
         The candidates.
     known
@@ -147,9 +148,9 @@ class Shard:
                 return write_statistics((next_moments(self.supernet, architecture, [images], known),))
             batches = list(torch.split(images, calibration.config.batch_size)) if len(images) else []
             return write_statistics(statistics(self.supernet, architecture, batches, layerwise=False))
-        if kind == "tally":
+        if kind in SCORES:
             store(self.supernet, architecture, known)
-            tally = count(self.supernet, read_head(named), architecture, self.validation)
+            tally = count(self.supernet, read_head(named), architecture, self.validation, kind)
             return torch.cat([tally.correct, tally.total])
         return self._of_features(kind, self._cached(architecture, known), named, objective)
 
@@ -241,7 +242,8 @@ def put(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def lengths(question: Question, supernet: Supernet, classes: int, *, layerwise: bool) -> list[int]:
     """Return how many numbers each candidate's answer has."""
     d = supernet.space.features
-    fixed = {"mean": 1 + d, "deviation": d, "gram": (d + 1) ** 2, "slope": 1 + classes * (d + 1), "tally": 2 * classes}
+    fixed = {"mean": 1 + d, "deviation": d, "gram": (d + 1) ** 2, "slope": 1 + classes * (d + 1)}
+    fixed |= dict.fromkeys(SCORES, 2 * classes)
     if question.kind in fixed:
         return [fixed[question.kind]] * len(question.architectures)
     found = []

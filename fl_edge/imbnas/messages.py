@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fl_edge.config import check
 from fl_edge.errors import ConfigError, ReplyError
+from fl_edge.imbnas.adaptation import SCORES
 from fl_edge.imbnas.config import BatchNormConfig, LossConfig
 from fl_edge.imbnas.federation import (
     KINDS,
@@ -190,13 +191,17 @@ def write_answers(answers: Sequence[Tensor]) -> Named:
     return {str(number): answer.cpu() for number, answer in enumerate(answers)}
 
 
-def read_answers(tensors: Mapping[str, Tensor], like: Sequence[int], validation: Sequence[int] | None) -> list[Tensor]:
+def read_answers(
+    tensors: Mapping[str, Tensor], like: Sequence[int], kind: str, validation: Sequence[int]
+) -> list[Tensor]:
     """Undo :func:`write_answers`, for answers of given lengths.
 
     Parameters
     ----------
+    kind
+        Of the question.
     validation
-        For tallies, the validation images that the device said it has, by class.
+        The validation images that the device said it has, by class.
 
     Raises
     ------
@@ -212,9 +217,9 @@ def read_answers(tensors: Mapping[str, Tensor], like: Sequence[int], validation:
             raise ReplyError(f"the answer about candidate {number} has not the {length} numbers that are due")
         if not bool(torch.isfinite(answer).all()):
             raise ReplyError(f"the answer about candidate {number} is not all finite numbers")
-        if answer.dtype != (torch.float64 if validation is None else torch.int64):
+        if answer.dtype != (torch.int64 if kind == "accuracy" else torch.float64):
             raise ReplyError(f"the answer about candidate {number} is of {answer.dtype}")
-        if validation is not None:
+        if kind in SCORES:
             correct, total = torch.chunk(answer, 2)
             if total.tolist() != list(validation) or bool(((correct < 0) | (correct > total)).any()):
                 raise ReplyError(f"the tally of candidate {number} is not one of the {sum(validation)} images it has")

@@ -42,7 +42,7 @@ def _ranking(report: ImbNasReport) -> bytes:
     for (name, history), colour in zip(report.histories.items(), (BLUE, ORANGE), strict=False):
         best = best_so_far(history)
         right.step(range(1, len(best) + 1), best, where="post", color=colour, label=name)
-    right.set(xlabel="architectures scored", ylabel="class-mean accuracy on validation images")
+    right.set(xlabel="architectures scored", ylabel="score on validation images")
     right.grid(alpha=0.3)
     set_title(right, "Best so far, each by its own score")
     return png(figure)

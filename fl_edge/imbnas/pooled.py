@@ -38,21 +38,23 @@ class Own:
 
 
 def pooled_tallies(
-    supernet: Supernet, architectures: Sequence[Architecture], head: Own | Mapping[str, Tensor], ask: Ask
+    supernet: Supernet, architectures: Sequence[Architecture], head: Own | Mapping[str, Tensor], score: str, ask: Ask
 ) -> list[Tally]:
-    """Return right answers by class of some candidates on the validation images of all devices.
+    """Return right answers by class, counted or expected, of some candidates on the validation images of all devices.
 
     Parameters
     ----------
     head
         ``weight`` and ``bias`` of one for all, or how each gets its own.
+    score
+        What counts as right, see :class:`fl_edge.imbnas.adaptation.Adaptation`.
     """
     known = pooled_statistics(supernet, architectures, ask)
     if isinstance(head, Own):
         given, common = pooled_heads(architectures, known, head, ask), {}
     else:
         given, common = [{} for _ in architectures], dict(head)
-    return tallies(architectures, known, given, common, ask)
+    return tallies(architectures, known, given, common, score, ask)
 
 
 def tallies(
@@ -60,11 +62,12 @@ def tallies(
     known: Sequence[Statistics],
     given: Sequence[Named],
     common: Mapping[str, Tensor],
+    score: str,
     ask: Ask,
 ) -> list[Tally]:
-    """Return right answers by class of candidates with given statistics and heads."""
-    sums = ask(Question("tally", architectures, known, given, common))
-    return [Tally(correct, total) for correct, total in (torch.chunk(each, 2) for each in sums)]
+    """Return right answers by class, counted or expected, of candidates with given statistics and heads."""
+    sums = ask(Question(score, architectures, known, given, common))
+    return [Tally(correct, total.long()) for correct, total in (torch.chunk(each, 2) for each in sums)]
 
 
 def pooled_statistics(supernet: Supernet, architectures: Sequence[Architecture], ask: Ask) -> list[Statistics]:

@@ -38,7 +38,7 @@ class ImbNasRound:
     candidates
         Scored in this generation.
     best, score
-        The best architecture so far and its class-mean accuracy on the validation images of all devices.
+        The best architecture so far and its score on the validation images of all devices.
     loss
         Mean over devices by images, and over networks.
     accuracy

@@ -1,9 +1,12 @@
-"""The score of a path: class-mean accuracy on a validation split, after its BatchNorm statistics were estimated anew.
+"""The score of a path: a class mean over a validation split, after its BatchNorm statistics were estimated anew.
 
 Source: the fitness of SPOS, accuracy after re-estimation, with the class mean in place of the plain one (specification,
-sections 6 and 7). *Ours*: a head of its own for each candidate where the procedure says so.
+sections 6 and 7). *Ours*: a head of its own for each candidate where the procedure says so, and the probability of the
+right class in place of whether it was the most probable one: a balanced split is small, a head that is solved to its
+optimum is as sure as its ridge lets it be, and a mean of probabilities changes with every image where that of right
+answers has steps.
 
-A tally is integers by class, so tallies of any shards of the validation split add up to that of the whole, exactly.
+A tally adds up exactly, so tallies of any shards of the validation split come to that of the whole.
 """
 
 from __future__ import annotations
@@ -63,12 +66,12 @@ class Scorer:
         return fit_head(inputs, self._images.labels, objective, self.config.head)
 
     def tally(self, architecture: Architecture, images: ImageSet) -> Tally:
-        """Return a path's right answers by class on a validation split or a shard of it."""
+        """Return a path's right answers by class, counted or expected, on a validation split or a shard of it."""
         head = self.prepare(architecture)
-        return count(self.adapted.supernet, head, architecture, images)
+        return count(self.adapted.supernet, head, architecture, images, self.adapted.procedure.score)
 
     def on(self, images: ImageSet) -> Score:
-        """Return the score of paths on a validation split, class-mean accuracy in [0, 1], as searches take it.
+        """Return the score of paths on a validation split, a class mean in [0, 1], as searches take it.
 
         Raises
         ------
@@ -95,8 +98,8 @@ def features(supernet: Supernet, architecture: Architecture, images: ImageSet) -
 
 
 @torch.no_grad()
-def count(supernet: Supernet, head: nn.Module, architecture: Architecture, images: ImageSet) -> Tally:
-    """Return a path's right answers by class, with its stored statistics.
+def count(supernet: Supernet, head: nn.Module, architecture: Architecture, images: ImageSet, score: str) -> Tally:
+    """Return a path's right answers by class, counted or expected, with its stored statistics.
 
     An image's answer does not depend on the others, to the bit, so tallies of shards add up to that of the whole.
 
@@ -104,12 +107,16 @@ def count(supernet: Supernet, head: nn.Module, architecture: Architecture, image
     ----------
     images
         A validation split, or one device's shard of it; it may be empty.
+    score
+        See :class:`fl_edge.imbnas.adaptation.Adaptation`.
     """
     supernet.eval()
     head.eval()
     images = on_device(images, next(supernet.parameters()).device)
     scores = in_chunks(lambda part: head(supernet(part, architecture)), images.batch()[0])
-    return Tally.of(scores.argmax(1), images.labels, len(images.classes))
+    if score == "accuracy":
+        return Tally.of(scores.argmax(1), images.labels, len(images.classes))
+    return Tally.expected(in_chunks(lambda part: part.double().softmax(1), scores), images.labels)
 
 
 def on_device(images: ImageSet, device: torch.device) -> ImageSet:

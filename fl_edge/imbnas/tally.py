@@ -1,7 +1,7 @@
 """Counts of right answers by class: what devices report, added exactly, and the accuracies that are read off them.
 
-Source: class-mean accuracy as the score of a search on a tail is ours (specification, section 3); the groups many,
-medium and few are the long-tail literature's.
+Source: class-mean accuracy as the score of a search on a tail is ours (specification, section 3), and so are expected
+right answers; the groups many, medium and few are the long-tail literature's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from fl_edge.imbnas.config import TailConfig
 
 GROUPS = ("many", "medium", "few")
 
+_GRID = 2.0**32  # probabilities are multiples of its inverse; those of up to 2^21 images add up exactly
+
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
 class Tally:
-    """Right answers and samples of every class. Integers: a sum over devices does not depend on its order.
+    """Right answers and samples of every class. They add up exactly: a sum over devices does not depend on its order.
 
     Attributes
     ----------
-    correct, total
+    correct
+        int64 (C,); expected right answers, float64 multiples of 2^-32.
+    total
         int64 (C,).
     """
 
@@ -40,6 +44,17 @@ class Tally:
         """Count predicted and true classes, both int64 (n,)."""
         hits = labels[predictions == labels]
         return cls(torch.bincount(hits, minlength=classes).cpu(), torch.bincount(labels, minlength=classes).cpu())
+
+    @classmethod
+    def expected(cls, probabilities: Tensor, labels: Tensor) -> Tally:
+        """Count how many would be right if every answer were drawn by its probabilities, float64 (n, C).
+
+        An image counts by the probability of its own class, rounded.
+        """
+        right = (probabilities.gather(1, labels[:, None]).squeeze(1) * _GRID).round_().div_(_GRID)
+        classes = probabilities.shape[1]
+        correct = right.new_zeros(classes).index_add_(0, labels, right)
+        return cls(correct.cpu(), torch.bincount(labels, minlength=classes).cpu())
 
     @classmethod
     def from_confusion(cls, matrix: Tensor) -> Tally:
@@ -71,7 +86,7 @@ class Tally:
         """Share of all samples that were right; errors as :attr:`balanced`."""
         if not (total := int(self.total.sum())):
             raise DataError(f"none of {len(self.total)} classes has samples to be scored on")
-        return int(self.correct.sum()) / total
+        return float(self.correct.sum()) / total
 
     def balanced_over(self, classes: Tensor) -> float:
         """Return the class-mean accuracy of some classes, int64 (k,); errors as :attr:`balanced`."""

@@ -223,8 +223,7 @@ class Fleet:
         found: list[list[Tensor]] = []
 
         def check(device: str, _said: Mapping[str, Any], own: dict[str, Tensor]) -> None:
-            tally = self.members[device].validation if question.kind == "tally" else None
-            answers = read_answers(own, due, tally)
+            answers = read_answers(own, due, question.kind, self.members[device].validation)
             if question.kind == "moments":
                 for answer, architecture, known in zip(answers, question.architectures, question.known, strict=True):
                     read_statistics(answer, self._supernet, architecture, len(known))

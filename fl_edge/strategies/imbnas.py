@@ -260,7 +260,7 @@ class ImbNas:
             aim = self._aim(self.procedure.loss, devices)
             head = self.head if self._head_rounds else Own(aim.objective(), self.config.head)
             ask = partial(self._fleet.sums, calibration=self._calibration, devices=devices, aim=aim)
-            return pooled_tallies(self.source.supernet, architectures, head, ask)
+            return pooled_tallies(self.source.supernet, architectures, head, self.procedure.score, ask)
 
         return self._until_all_answer(tally)
 
@@ -274,7 +274,7 @@ class ImbNas:
             aim = self._aim(self.procedure.loss, devices)
             ask = partial(self._fleet.sums, calibration=self._calibration, devices=devices, aim=aim)
             none: list[Named] = [{} for _ in architectures]
-            return tallies(architectures, known, none, trained_part(self.source.head), ask)
+            return tallies(architectures, known, none, trained_part(self.source.head), PROCEDURES["P0"].score, ask)
 
         return self._until_all_answer(tally)
 
