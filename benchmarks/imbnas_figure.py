@@ -49,7 +49,7 @@ def _by_ratio(axis: Any, results: Results) -> None:
     axis.set_xticks(ratios, [str(ratio) for ratio in ratios])
     axis.minorticks_off()
     axis.set_title(f"{SAME}: ranks of all {PAIRS[SAME].space.size} paths", loc="left", fontsize=11)
-    axis.legend(fontsize=8, frameon=False, ncol=2)
+    axis.legend(fontsize=8, frameon=False, ncol=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def _by_pair(axis: Any, results: Results) -> None:
