@@ -27,6 +27,7 @@ from fl_edge.models.vocabulary import decoder_tokenizer
 from fl_edge.seeding import torch_rng
 
 _FORM = 1  # raised when the same settings give another model
+LESSON_FORM = 2  # raised when the same settings give other lessons
 _KEPT = 8  # every so manieth file is for prompts alone
 _GENERATED = "gencodec.py"  # made the standard library's tables of characters, which are nearly all the same
 _VOCABULARY = 512  # few tokens, so that models this small are about as sure of the next as large ones are
@@ -71,13 +72,13 @@ FAMILIES = {
     "qwen3": Recipe(1, 4, 0, True, length=512, batch_size=4, steps=600),
 }
 LLAMA = "llama"
-# what adapters and Medusa's heads learn from: sequences, tokens at the end of each that are the model's own, and steps
-LESSONS = {"llama": (1024, 128, 2400), "mistral": (256, 256, 600), "qwen3": (256, 256, 600)}
+# sequences that adapters and Medusa's heads learn from, as long as the model's, and steps
+LESSONS = {"llama": (1024, 2400), "mistral": (256, 600), "qwen3": (256, 600)}
 
 
 def course(family: str, quick: bool) -> Course:
     """Return how adapters and Medusa's heads are trained."""
-    steps = LESSONS[family][2] // (_QUICK if quick else 1)
+    steps = LESSONS[family][1] // (_QUICK if quick else 1)
     return Course(steps, batch_size=4, rate=2e-2, token_weight=1.0)
 
 
@@ -134,7 +135,7 @@ def adapter_file(family: str, quick: bool = False) -> Path:
         train(adapter, device, lessons(family, quick), plan, 0)
         save_adapter(adapter, device, into / "adapter.safetensors")
 
-    key = content_key(_FORM, folder.name, FAMILIES[family].shallow, LESSONS[family], plan)
+    key = content_key(_FORM, folder.name, FAMILIES[family].shallow, LESSON_FORM, LESSONS[family], plan)
     return made_once("hat", key, make, f"the adapter of {family}") / "adapter.safetensors"
 
 
@@ -152,14 +153,13 @@ def lessons(family: str, quick: bool = False) -> Lessons:
 def lesson_tokens(family: str, quick: bool = False) -> Tensor:
     """Return the texts that adapters and Medusa's heads learn from, (sequences, length) int64.
 
-    Text that the model was trained on, and at the end of each what the model goes on with: greedy decoding writes
-    otherwise than people do, and its text is what drafts are for. Where half of the Llama's texts was its own, drafts
-    after short prompts were better, and those after long ones worse.
+    The first half of each is text that the model was trained on, the second what the model goes on with: greedy
+    decoding writes otherwise than people do, and its text is what drafts are for.
     """
-    tokens, length, (count, own, _) = _tokens("train"), FAMILIES[family].length, LESSONS[family]
-    count //= _QUICK if quick else 1
+    tokens, length = _tokens("train"), FAMILIES[family].length
+    count = LESSONS[family][0] // (_QUICK if quick else 1)
     starts = torch.randint(len(tokens) - length, (count, 1), generator=torch_rng(0, "lessons", family))
-    begun, model = tokens[starts + torch.arange(length - own)], whole_model(family, quick)
+    begun, model = tokens[starts + torch.arange(length // 2)], whole_model(family, quick)
     return torch.cat([_continued(model, each, length) for each in torch.split(begun, _AT_ONCE)])
 
 
