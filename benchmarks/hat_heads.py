@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.hat_models import FAMILIES, LESSON_FORM, LESSONS, course, device_model, lessons, model_folder
+from benchmarks.hat_models import FAMILIES, LESSONS, course, device_model, lessons, model_folder
 from fl_edge.data.once import content_key, made_once
 from fl_edge.hat.medusa import MedusaHeads, load_heads, new_heads, save_heads
 from fl_edge.hat.medusa_training import train_heads
@@ -27,7 +27,7 @@ def heads_file(family: str, quick: bool = False) -> Path:
         train_heads(heads, device, lessons(family, quick), plan, 0)
         save_heads(heads, device, into / "heads.safetensors")
 
-    key = content_key(_FORM, "medusa", folder.name, FAMILIES[family].shallow, LESSON_FORM, LESSONS[family], plan)
+    key = content_key(_FORM, "medusa", folder.name, FAMILIES[family].shallow, LESSONS[family], plan)
     return made_once("hat", key, make, f"Medusa's heads of {family}") / "heads.safetensors"
 
 

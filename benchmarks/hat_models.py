@@ -27,13 +27,11 @@ from fl_edge.models.vocabulary import decoder_tokenizer
 from fl_edge.seeding import torch_rng
 
 _FORM = 1  # raised when the same settings give another model
-LESSON_FORM = 2  # raised when the same settings give other lessons
 _KEPT = 8  # every so manieth file is for prompts alone
 _GENERATED = "gencodec.py"  # made the standard library's tables of characters, which are nearly all the same
 _VOCABULARY = 512  # few tokens, so that models this small are about as sure of the next as large ones are
 _POSITIONS = 2048
 _QUICK = 5  # times fewer steps
-_AT_ONCE = 64  # texts that a model goes on with
 CPU = torch.device("cpu")
 
 
@@ -67,7 +65,7 @@ class Recipe:
 
 
 FAMILIES = {
-    "llama": Recipe(1, 6, 0, True, length=1152, batch_size=2, steps=3000),  # for prompts of about 1000 tokens
+    "llama": Recipe(1, 6, 0, True, length=1152, batch_size=2, steps=1500),  # for prompts of about 1000 tokens
     "mistral": Recipe(1, 4, 128, False, length=512, batch_size=4, steps=600),
     "qwen3": Recipe(1, 4, 0, True, length=512, batch_size=4, steps=600),
 }
@@ -84,7 +82,7 @@ def course(family: str, quick: bool) -> Course:
 
 @functools.cache
 def model_folder(family: str, quick: bool = False) -> Path:
-    """Return the folder of a model and its tokenizer; trained at the first use, the Llama in some twenty minutes."""
+    """Return the folder of a model and its tokenizer; trained at the first use, the Llama in about ten minutes."""
     recipe = FAMILIES[family]
     steps = recipe.steps // _QUICK if quick else recipe.steps
 
@@ -135,7 +133,7 @@ def adapter_file(family: str, quick: bool = False) -> Path:
         train(adapter, device, lessons(family, quick), plan, 0)
         save_adapter(adapter, device, into / "adapter.safetensors")
 
-    key = content_key(_FORM, folder.name, FAMILIES[family].shallow, LESSON_FORM, LESSONS[family], plan)
+    key = content_key(_FORM, folder.name, FAMILIES[family].shallow, LESSONS[family], plan)
     return made_once("hat", key, make, f"the adapter of {family}") / "adapter.safetensors"
 
 
@@ -145,28 +143,15 @@ def adapter_for(family: str, device: DeviceModel, quick: bool = False) -> Adapte
 
 
 def lessons(family: str, quick: bool = False) -> Lessons:
-    """Return what adapters and Medusa's heads learn from: texts, and what the model makes of them."""
-    return teach(device_model(family, quick), middle_model(family, quick), lesson_tokens(family, quick), batch_size=4)
+    """Return what adapters and Medusa heads learn from: text that the model was trained on, and what it makes of it."""
+    return teach(device_model(family, quick), middle_model(family, quick), lesson_tokens(family), batch_size=4)
 
 
-@functools.cache
-def lesson_tokens(family: str, quick: bool = False) -> Tensor:
-    """Return the texts that adapters and Medusa's heads learn from, (sequences, length) int64.
-
-    The first half of each is text that the model was trained on, the second what the model goes on with: greedy
-    decoding writes otherwise than people do, and its text is what drafts are for.
-    """
+def lesson_tokens(family: str) -> Tensor:
+    """Return the text that adapters and Medusa heads learn from, (sequences, length) int64."""
     tokens, length = _tokens("train"), FAMILIES[family].length
-    count = LESSONS[family][0] // (_QUICK if quick else 1)
-    starts = torch.randint(len(tokens) - length, (count, 1), generator=torch_rng(0, "lessons", family))
-    begun, model = tokens[starts + torch.arange(length // 2)], whole_model(family, quick)
-    return torch.cat([_continued(model, each, length) for each in torch.split(begun, _AT_ONCE)])
-
-
-def _continued(model: Any, begun: Tensor, length: int) -> Tensor:
-    """Return texts (s, n) with what a model goes on with, (s, length)."""
-    whole: Tensor = model.generate(begun, attention_mask=torch.ones_like(begun), max_length=length, do_sample=False)
-    return whole
+    starts = torch.randint(len(tokens) - length, (LESSONS[family][0], 1), generator=torch_rng(0, "lessons", family))
+    return tokens[starts + torch.arange(length)]
 
 
 def prompts(count: int, shortest: int, longest: int, seed: int = 0) -> list[Tensor]:

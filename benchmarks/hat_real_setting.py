@@ -60,17 +60,14 @@ class Method:
 
 _PLAIN = {"chunking": "none", "max_drafts": 0, "guesses": 0}
 HAT_PLUS, BYTES, U_SHAPE = "HAT+", "HAT+, bytes", "U-shape"
-HATS = {  # the first threshold is the paper's, which does not tell the guesses
-    f"HAT, threshold {threshold:g}, {guesses} guesses": {"threshold": threshold, "guesses": guesses}
-    for threshold, guesses in ((0.6, 2), (0.6, 4), (0.3, 2), (0.3, 4))
-}
+HATS = {f"HAT, threshold {threshold:g}": threshold for threshold in (0.6, 0.3, 0.1)}  # the first is the paper's
 SARATHI = {
     f"U-Sarathi, {tokens} rows" + (f", {chunk} a prompt" if chunk else ""): Limits(tokens, chunk)
     for tokens, chunk in ((512, 0), (512, 256), (256, 0))
 }
 MEDUSA = {f"U-Medusa, trees of {rows}": rows for rows in (5, 9, 16)}
 METHODS = {
-    **{name: Method("adapter", Limits(BUDGET), settings) for name, settings in HATS.items()},
+    **{name: Method("adapter", Limits(BUDGET), {"threshold": threshold}) for name, threshold in HATS.items()},
     HAT_PLUS: Method("adapter", Limits(BUDGET), {"adaptive": True}),
     BYTES: Method("adapter", Limits(BUDGET), {"adaptive": True, "int8": True}),
     U_SHAPE: Method("", Limits(), _PLAIN),

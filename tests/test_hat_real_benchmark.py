@@ -171,7 +171,7 @@ def test_targets_are_the_issues_lines() -> None:
     assert not any(line.holds for line in targets(Results([], {}, {})))
     raw = [{"case": case.name, "seed": 0, "repetition": 0, "values": {"texts": "a b"}} for case in CASES]
     summary = {case.name: {"ttft_ms": {"median": 9.0}, "tbt_ms": {"median": 9.0}} for case in CASES}
-    summary["real: HAT, threshold 0.3, 2 guesses"] = {"ttft_ms": {"median": 4.0}, "tbt_ms": {"median": 2.0}}
+    summary["real: HAT, threshold 0.3"] = {"ttft_ms": {"median": 4.0}, "tbt_ms": {"median": 2.0}}
     lines = {line.measure: line for line in targets(Results(raw, summary, {}))}
     assert lines["real run, TTFT: HAT below U-shape, %"].holds
     assert lines["real run, TBT: HAT below U-Medusa, %"].holds
