@@ -159,6 +159,7 @@ def _tuned(
         values[block[found.solution.kept]] = found.solution.values.to(values) if config.restore != "none" else 1.0
         left, rest = left - len(found.order), rest - len(units)
         order += [(place / len(units), int(units[unit])) for place, unit in enumerate(found.order)]
+        del system, score, found  # as large as the layer's weights; not to be there beside those of the next block
     return values, tuple(unit for _, unit in sorted(order))
 
 

@@ -83,6 +83,6 @@ def variance(system: System, solution: Solution) -> float:
     Where whole weights are tuned, a neuron's mask is the factor that takes its old column nearest to the new one.
     """
     prior = system.prior[solution.kept]
-    lengths = prior.square().sum(1)
-    mask = (solution.values * prior).sum(1) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+    lengths = torch.linalg.vector_norm(prior, dim=1).square()
+    mask = torch.einsum("nk,nk->n", solution.values, prior) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
     return float(mask.var(correction=0)) if len(mask) else 0.0

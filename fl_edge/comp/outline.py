@@ -255,12 +255,16 @@ class Budget:
             self._source.begin()
             for layer in range(len(self._sizes.full.layers)):
                 self._bench.open(layer)
-                for unit, statistics in self._source.both(layer).items():
-                    linear, width = self._bench.consumer(layer, unit), self._bench.member(layer, unit).width
-                    curve = loss_curve(statistics, linear.weight, linear.bias, width, self._config)
-                    self._curves[layer, unit] = curve_until(curve, self._most(layer, unit))
+                self._measure(layer)
                 self._bench.checkpoint.release(layer)
         return self._curves
+
+    def _measure(self, layer: int) -> None:
+        """Measure the curves of a loaded layer; its statistics, larger than its weights, are gone before the next."""
+        for unit, statistics in self._source.both(layer).items():
+            linear, width = self._bench.consumer(layer, unit), self._bench.member(layer, unit).width
+            curve = loss_curve(statistics, linear.weight, linear.bias, width, self._config)
+            self._curves[layer, unit] = curve_until(curve, self._most(layer, unit))
 
 
 def draw_outline(config: CompConfig, sizes: Sizes, bench: Workbench, source: Source) -> Outline:

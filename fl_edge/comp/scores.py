@@ -31,7 +31,7 @@ def sensitivity(system: System, solution: Solution, width: int) -> Tensor:
     Tensor
         (groups left,) float64.
     """
-    own = system.matrix.diagonal()[solution.kept] * solution.values.square().sum(1)
+    own = system.matrix.diagonal()[solution.kept] * torch.linalg.vector_norm(solution.values, dim=1).square()
     return own.view(-1, width).sum(1)
 
 
@@ -44,7 +44,7 @@ def conditioning(solution: Solution, width: int) -> Tensor:
     """
     groups = len(solution.kept) // width
     if width == 1:
-        return solution.values.square().sum(1) / solution.inverse.diagonal()
+        return torch.linalg.vector_norm(solution.values, dim=1).square() / solution.inverse.diagonal()
     blocks = solution.inverse.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     values = solution.values.view(groups, width, -1)
     factors = torch.linalg.cholesky(blocks)  # solving batches by LU fails on CPUs with some threads (torch 2.13)

@@ -119,13 +119,14 @@ class Solution:
         """
         stays = torch.ones(len(self.kept), dtype=torch.bool, device=self.kept.device)
         stays[removed] = False
-        factor = torch.linalg.cholesky(self.inverse[removed][:, removed])
-        across = self.inverse[stays][:, removed]
-        pulled = torch.cholesky_solve(across.T, factor)  # (r, s - r)
+        left = stays.nonzero().flatten()
+        rows = self.inverse[removed]
+        across = rows[:, left]  # (r, s - r)
+        pulled = torch.cholesky_solve(across, torch.linalg.cholesky(rows[:, removed]))
         return Solution(
-            self.kept[stays],
-            self.values[stays] - pulled.T @ self.values[removed],
-            self.inverse[stays][:, stays] - across @ pulled,
+            self.kept[left],
+            self.values[left].addmm_(pulled.T, self.values[removed], alpha=-1),
+            self.inverse[left].index_select(1, left).addmm_(across.T, pulled, alpha=-1),
         )
 
 
@@ -140,7 +141,7 @@ def solve(system: System) -> Solution:
     if not bool(torch.isfinite(system.right).all()):
         raise DataError(_UNSOLVED)
     factor, inverse = inverted(system.matrix, system.damping)
-    values = torch.cholesky_solve(system.right + system.damping * system.prior, factor)
+    values = torch.cholesky_solve(torch.add(system.right, system.prior, alpha=system.damping), factor)
     return Solution(torch.arange(len(inverse), device=inverse.device), values, inverse)
 
 
