@@ -32,6 +32,7 @@ _GENERATED = "gencodec.py"  # made the standard library's tables of characters, 
 _VOCABULARY = 512  # few tokens, so that models this small are about as sure of the next as large ones are
 _POSITIONS = 2048
 _QUICK = 5  # times fewer steps
+_AT_ONCE = 64  # texts that a model goes on with
 CPU = torch.device("cpu")
 
 
@@ -70,13 +71,13 @@ FAMILIES = {
     "qwen3": Recipe(1, 4, 0, True, length=512, batch_size=4, steps=600),
 }
 LLAMA = "llama"
-# sequences that adapters and Medusa's heads learn from, as long as the model's, and steps
-LESSONS = {"llama": (1024, 2400), "mistral": (256, 600), "qwen3": (256, 600)}
+# what adapters and Medusa's heads learn from: sequences, tokens at the end of each that are the model's own, and steps
+LESSONS = {"llama": (1024, 128, 2400), "mistral": (256, 256, 600), "qwen3": (256, 256, 600)}
 
 
 def course(family: str, quick: bool) -> Course:
     """Return how adapters and Medusa's heads are trained."""
-    steps = LESSONS[family][1] // (_QUICK if quick else 1)
+    steps = LESSONS[family][2] // (_QUICK if quick else 1)
     return Course(steps, batch_size=4, rate=2e-2, token_weight=1.0)
 
 
@@ -143,15 +144,28 @@ def adapter_for(family: str, device: DeviceModel, quick: bool = False) -> Adapte
 
 
 def lessons(family: str, quick: bool = False) -> Lessons:
-    """Return what adapters and Medusa heads learn from: text that the model was trained on, and what it makes of it."""
-    return teach(device_model(family, quick), middle_model(family, quick), lesson_tokens(family), batch_size=4)
+    """Return what adapters and Medusa's heads learn from: texts, and what the model makes of them."""
+    return teach(device_model(family, quick), middle_model(family, quick), lesson_tokens(family, quick), batch_size=4)
 
 
-def lesson_tokens(family: str) -> Tensor:
-    """Return the text that adapters and Medusa heads learn from, (sequences, length) int64."""
-    tokens, length = _tokens("train"), FAMILIES[family].length
-    starts = torch.randint(len(tokens) - length, (LESSONS[family][0], 1), generator=torch_rng(0, "lessons", family))
-    return tokens[starts + torch.arange(length)]
+@functools.cache
+def lesson_tokens(family: str, quick: bool = False) -> Tensor:
+    """Return the texts that adapters and Medusa's heads learn from, (sequences, length) int64.
+
+    Text that the model was trained on, and at the end of each what the model goes on with: greedy decoding writes
+    otherwise than people do, and its text is what drafts are for.
+    """
+    tokens, length, (count, own, _) = _tokens("train"), FAMILIES[family].length, LESSONS[family]
+    count //= _QUICK if quick else 1
+    starts = torch.randint(len(tokens) - length, (count, 1), generator=torch_rng(0, "lessons", family))
+    begun, model = tokens[starts + torch.arange(length - own)], whole_model(family, quick)
+    return torch.cat([_continued(model, each, length) for each in torch.split(begun, _AT_ONCE)])
+
+
+def _continued(model: Any, begun: Tensor, length: int) -> Tensor:
+    """Return texts (s, n) with what a model goes on with, (s, length)."""
+    whole: Tensor = model.generate(begun, attention_mask=torch.ones_like(begun), max_length=length, do_sample=False)
+    return whole
 
 
 def prompts(count: int, shortest: int, longest: int, seed: int = 0) -> list[Tensor]:
