@@ -31,7 +31,7 @@ def sensitivity(system: System, solution: Solution, width: int) -> Tensor:
     Tensor
         (groups left,) float64.
     """
-    own = system.matrix.diagonal()[solution.kept] * torch.linalg.vector_norm(solution.values, dim=1).square()
+    own = system.matrix.diagonal()[solution.kept] * _energies(solution)
     return own.view(-1, width).sum(1)
 
 
@@ -44,7 +44,7 @@ def conditioning(solution: Solution, width: int) -> Tensor:
     """
     groups = len(solution.kept) // width
     if width == 1:
-        return torch.linalg.vector_norm(solution.values, dim=1).square() / solution.inverse.diagonal()
+        return _energies(solution) / solution.inverse.diagonal()
     blocks = solution.inverse.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     values = solution.values.view(groups, width, -1)
     factors = torch.linalg.cholesky(blocks)  # solving batches by LU fails on CPUs with some threads (torch 2.13)
@@ -74,6 +74,12 @@ def perturbation(energies: Tensor, solution: Solution, weight: Tensor, width: in
         stays[group * width : (group + 1) * width] = False
         found.append(_condition(left[:, stays]))
     return torch.stack(found) * shares
+
+
+def _energies(solution: Solution) -> Tensor:
+    """Return ||v_i||^2, (s,), without a matrix of squares."""
+    lengths: Tensor = torch.linalg.vector_norm(solution.values, dim=1)
+    return lengths.square()
 
 
 def _condition(matrix: Tensor) -> Tensor:
