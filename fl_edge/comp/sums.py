@@ -1,9 +1,10 @@
 """What a device tells of a dense layer: sums over its tokens, in as few numbers as a decision needs.
 
-Of the Gram matrix X^T X only a triangle. Of X^T Y* nothing where the wanted output is the layer's own, since it follows
-from the Gram matrix; where a mask is tuned, the n numbers <(X^T Y*)_i, w_i> of the mask's system; all of it only where
-whole weights are. That such sums of devices add up to those of their texts together is plain algebra; what to send is
-*ours*.
+Of the Gram matrix X^T X only a triangle. Of X^T Y* only what does not follow from it: with E = Y* - X W^T, what the
+layer falls short of the wanted output, nothing where that is its own; where a mask is tuned, the n numbers
+<(X^T E)_i, w_i>; all of X^T E only where whole weights are. E is small, and so is the rounding of its sums: in float32
+they give the solution as well as X^T Y* does in float64. That such sums of devices add up to those of their texts
+together is plain algebra; what to send is *ours*.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Sums:
     tensors
         ``gram`` (n (n + 1) / 2,), lower triangle of X^T X row by row; ``inputs`` (n,) column sums of X. But for the own
         output, ``targets`` (o,) column sums of Y* and ``energy`` (1,) ||Y*||_F^2; for a mask ``matched`` (n,)
-        <(X^T Y*)_i, w_i>, for weights ``cross`` (n, o) X^T Y*.
+        <(X^T E)_i, w_i>, for weights ``cross`` (n, o) X^T E.
     """
 
     tokens: int
@@ -55,10 +56,9 @@ class Sums:
         if form != "own":
             tensors["targets"] = statistics.targets
             tensors["energy"] = statistics.targets.new_tensor([statistics.energy])
-        if form == "mask":
-            tensors["matched"] = (statistics.cross * weight.T.to(statistics.cross)).sum(1)
-        if form == "weights":
-            tensors["cross"] = statistics.cross
+            w = weight.to(gram)
+            short = statistics.cross - gram @ w.T
+            tensors |= {"matched": (short * w.T).sum(1)} if form == "mask" else {"cross": short}
         return cls(statistics.tokens, tensors)
 
     def __add__(self, other: Sums) -> Sums:
@@ -84,15 +84,15 @@ class Sums:
         gram[rows, columns] = there["gram"]
         gram[columns, rows] = there["gram"]
         w, inputs = weight.to(exact), there["inputs"]
+        cross = gram @ w.T
         if "targets" not in there:
             b = w.new_zeros(len(w)) if bias is None else bias.to(exact)
-            cross = gram @ w.T
             plain = w @ inputs
             energy = float((cross * w.T).sum() + b @ (2 * plain + self.tokens * b))
             return Statistics(
                 self.tokens, gram, cross + torch.outer(inputs, b), inputs, plain + self.tokens * b, energy
             )
-        cross = there["cross"] if "cross" in there else _along(there["matched"], w)
+        cross += there["cross"] if "cross" in there else _along(there["matched"], w)
         return Statistics(self.tokens, gram, cross, inputs, there["targets"], float(there["energy"]))
 
 
