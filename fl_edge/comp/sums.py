@@ -1,10 +1,10 @@
 """What a device tells of a dense layer: sums over its tokens, in as few numbers as a decision needs.
 
 Of the Gram matrix X^T X only a triangle. Of X^T Y* only what does not follow from it: with E = Y* - X W^T, what the
-layer falls short of the wanted output, nothing where that is its own; where a mask is tuned, the n numbers
-<(X^T E)_i, w_i>; all of X^T E only where whole weights are. E is small, and so is the rounding of its sums: in float32
-they give the solution as well as X^T Y* does in float64. That such sums of devices add up to those of their texts
-together is plain algebra; what to send is *ours*.
+weights fall short of the wanted output, nothing where that is the layer's own; where a mask is tuned, the n numbers
+<(X^T E)_i, w_i>; all of X^T E only where whole weights are. E is the smaller the less went before, and rounding it to
+float32 moves an ill-conditioned solution less than rounding Y*. That such sums of devices add up to those of their
+texts together is plain algebra; what to send is *ours*.
 """
 
 from __future__ import annotations
